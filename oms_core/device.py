@@ -1,0 +1,71 @@
+"""Which device computes, in which precision, and how many pictures at once: decided at run time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from oms_core.errors import InputError
+
+DEVICES = ("cpu", "cuda", "mps")
+DTYPES = ("float32", "float16", "bfloat16")
+CPU_BATCH = 64
+LARGEST_BATCH = 1024
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where and how a model computes.
+
+    Attributes:
+        device: cpu, cuda or mps.
+        dtype: precision of the network; distances are always taken in float32.
+    """
+
+    device: str
+    dtype: str
+
+
+def place(device: str = "", dtype: str = "") -> Placement:
+    """Fill in what was not asked for: the best device here (or the one in OMS_DEVICE), and float32.
+
+    Raises:
+        InputError: an unknown device or precision, or a device that this machine does not have.
+    """
+    import torch
+
+    wanted = device or os.environ.get("OMS_DEVICE", "")
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if wanted and wanted not in DEVICES:
+        raise InputError(f"There is no device {wanted!r}; choose one of {', '.join(DEVICES)}.")
+    if wanted and not available[wanted]:
+        raise InputError(f"This machine has no usable {wanted}; leave the device out to use what it has.")
+    if dtype and dtype not in DTYPES:
+        raise InputError(f"There is no precision {dtype!r}; choose one of {', '.join(DTYPES)}.")
+    best = next(name for name in ("cuda", "mps", "cpu") if available[name])
+    return Placement(wanted or best, dtype or "float32")
+
+
+def batch_size(placement: Placement, forward: Callable[[int], None]) -> int:
+    """How many pictures to compute at once: `CPU_BATCH`, or the most that a trial shows to fit on a GPU.
+
+    Args:
+        placement: where.
+        forward: runs the model once on a batch of the given size.
+
+    Raises:
+        InputError: not even one picture fits.
+    """
+    if placement.device == "cpu":
+        return CPU_BATCH
+    import torch
+
+    size = LARGEST_BATCH
+    while size:
+        try:
+            forward(size)
+            return max(1, size // 2)  # half of what fits leaves room for the iterates
+        except torch.OutOfMemoryError:
+            size //= 2
+    raise InputError(f"Not even one picture fits into the memory of {placement.device}; use another device.")
