@@ -1,0 +1,231 @@
+"""Results on disk, found by what they were computed from.
+
+An entry is a folder ``<key>/<variant>``: the key says what was asked (model, pictures, settings), the variant
+how it was computed (device, precision, batch size, number of steps). It holds one parquet file per shard, each
+written whole or not at all, and, once every shard is there, ``manifest.json`` with their SHA-256.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from oms_core.images import ASSETS
+
+log = logging.getLogger(__name__)
+SHIPPED = ASSETS / "signals"
+FORMAT = "v1"
+
+
+def home() -> Path:
+    """Where this machine keeps results: OMS_CACHE, or ``.cache`` beside the app."""
+    return Path(os.environ.get("OMS_CACHE") or ASSETS.parent / ".cache")
+
+
+def roots() -> list[Path]:
+    """Where results are looked up: this machine's first, then what is shipped."""
+    return [root / FORMAT for root in dict.fromkeys((home(), SHIPPED))]
+
+
+def key_of(content: dict[str, Any]) -> str:
+    """The key of what was asked: SHA-256 of its canonical JSON."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How a result was computed. `steps` may be larger than what is asked: one pass gives every n up to it."""
+
+    device: str
+    dtype: str
+    batch: int
+    steps: int
+
+    def __str__(self) -> str:
+        return f"{self.device}-{self.dtype}-b{self.batch}-n{self.steps}"
+
+    @classmethod
+    def parse(cls, name: str) -> "Variant | None":
+        """The variant that a folder's name says, None where it is something else."""
+        try:
+            device, dtype, batch, steps = name.split("-")
+            return cls(device, dtype, int(batch.removeprefix("b")), int(steps.removeprefix("n")))
+        except ValueError:
+            return None
+
+
+def variants(key: str) -> Iterator[tuple[Variant, Path]]:
+    """Every finished result of a key, the one with the fewest steps first."""
+    for root in roots():
+        folder = root / key[:2] / key
+        try:
+            found = [variant for name in os.listdir(folder) if (variant := Variant.parse(name))]
+        except OSError:
+            continue  # nothing is kept, or it cannot be read
+        for variant in sorted(found, key=lambda variant: (variant.steps, str(variant))):
+            if os.path.isfile(folder / str(variant) / "manifest.json"):
+                yield variant, folder / str(variant)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One result that is being written or read.
+
+    Args:
+        key: see `key_of`.
+        variant: how it is computed.
+        shards: how many parts it has.
+    """
+
+    key: str
+    variant: Variant
+    shards: int
+
+    @property
+    def folder(self) -> Path:
+        return home() / FORMAT / self.key[:2] / self.key / str(self.variant)
+
+    def read(self, shard: int) -> pd.DataFrame | None:
+        """A finished shard, or None; a damaged one is set aside so that it is computed again."""
+        return read_part(part(self.folder, shard), self.key, shard)
+
+    def write(self, shard: int, rows: pd.DataFrame) -> bool:
+        """Publish a shard whole: written aside, flushed, read back, linked. The first writer wins.
+
+        Returns:
+            False if the folder cannot be written; the result is then simply not kept.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            commit(part(self.folder, shard), rows, self.key, shard)
+            return True
+        except (OSError, pa.ArrowException) as error:
+            log.warning("Results are not kept: %s cannot be written (%s).", self.folder, error)
+            return False
+
+    def finish(self, content: dict[str, Any]) -> None:
+        """Write the manifest once every shard is there: what was asked, and the digest of each part."""
+        parts = [part(self.folder, shard) for shard in range(self.shards)]
+        with contextlib.suppress(OSError):  # `write` has already said that results are not kept
+            if all(path.is_file() for path in parts):
+                manifest = {"content": content, "parts": {path.name: file_digest(path) for path in parts}}
+                replace_file(self.folder / "manifest.json", json.dumps(manifest, indent=1).encode())
+
+
+def read_finished(folder: Path, key: str) -> pd.DataFrame | None:
+    """All rows of a finished result, or None if any part of it is not what its manifest and key say."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+        parts = sorted(manifest["parts"].items())
+        if key_of(manifest["content"]) != key or not parts:
+            raise ValueError("the key does not match")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        set_aside(folder / "manifest.json", error)
+        return None
+    frames = []
+    for shard, (name, digest) in enumerate(parts):
+        path = folder / Path(name).name
+        if not intact(path, digest):
+            set_aside(path, "its digest does not match")
+            set_aside(folder / "manifest.json", "a part is damaged")
+            return None
+        frames.append(read_part(path, key, shard))
+    return None if any(frame is None for frame in frames) else pd.concat(frames, ignore_index=True)
+
+
+def part(folder: Path, shard: int) -> Path:
+    return folder / f"part-{shard:06d}.parquet"
+
+
+def commit(path: Path, rows: pd.DataFrame, key: str, shard: int) -> None:
+    table = pa.Table.from_pandas(rows, preserve_index=False)
+    table = table.replace_schema_metadata({"key": key, "shard": str(shard), "rows": digest_of_rows(rows)})
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        pq.write_table(table, partial, compression="zstd", write_page_checksum=True)
+        pq.read_table(partial, page_checksum_verification=True)
+        flush(partial)
+        os.link(partial, path)
+    except FileExistsError:
+        pass  # a twin was faster, with the same rows
+    finally:
+        partial.unlink(missing_ok=True)
+    flush(path.parent)
+
+
+def read_part(path: Path, key: str, shard: int) -> pd.DataFrame | None:
+    if not path.exists():
+        return None
+    try:
+        if not path.is_file():
+            raise ValueError("it is not a file")
+        table = pq.read_table(path, page_checksum_verification=True)
+        metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+        if (metadata.get("key"), metadata.get("shard")) != (key, str(shard)):
+            raise ValueError("it belongs to another result")
+        rows = table.to_pandas(ignore_metadata=True)
+        if metadata.get("rows") != digest_of_rows(rows):  # a page has a checksum, the footer with the names has none
+            raise ValueError("its rows are not what was written")
+        return rows
+    except Exception as error:  # damage in a footer shows in many ways, KeyError and TypeError among them
+        set_aside(path, error)
+        return None
+
+
+def digest_of_rows(rows: pd.DataFrame) -> str:
+    """SHA-256 over the names, kinds and values of all columns."""
+    total = hashlib.sha256()
+    for name, column in rows.items():
+        values = column.to_numpy()
+        data = "\n".join(map(str, values)).encode() if values.dtype == object else values.tobytes()
+        total.update(f"{name}\n{values.dtype}\n{len(data)}\n".encode() + data)
+    return total.hexdigest()
+
+
+def set_aside(path: Path, reason: object) -> None:
+    """Rename what is damaged, so that it is computed again and can still be looked at; what is shipped stays."""
+    log.warning("%s is damaged and is computed again (%s).", path, reason)
+    if SHIPPED not in path.parents:
+        with contextlib.suppress(OSError):  # in a read-only place it stays and is found damaged again
+            path.rename(path.with_name(f".bad-{path.name}.{uuid.uuid4().hex[:8]}"))
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file so that a reader sees the old one or the new one."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        partial.write_bytes(data)
+        flush(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def intact(path: Path, digest: str) -> bool:
+    try:
+        return path.is_file() and file_digest(path) == digest
+    except OSError:
+        return False
+
+
+def file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

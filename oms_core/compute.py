@@ -1,0 +1,241 @@
+"""The slow half: ask the model what a run needs, shard by shard, on whatever device there is.
+
+A killed run goes on from its last finished shard. The batch size is fixed and the last batch filled up, and
+noise belongs to a picture, so a picture's distances are bit-identical in any company, order or worker.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from oms_core import cache
+from oms_core.attacks import Probe
+from oms_core.catalog import Model
+from oms_core.device import Placement, batch_size, place
+from oms_core.images import ImageSet
+from oms_core.run import (
+    NORMS,
+    Plan,
+    Run,
+    Task,
+    Trace,
+    columns,
+    lookup,
+    lookup_trace,
+    pairs,
+    plan,
+    trace_content,
+)
+from oms_core.search import Trajectory, fixed_point
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from oms_core.denoiser import Denoiser
+
+SHARD = 512  # pictures; rounded up to whole batches
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is; `signals` are the distances of the pictures that just came in, by attack."""
+
+    done: int
+    total: int
+    signals: dict[str, pd.DataFrame]
+
+
+Tick = Callable[[Progress], None]
+
+
+def score(run: Run, tick: Tick | None = None) -> dict[str, pd.DataFrame]:
+    """Every distance of a run, by attack: from the cache where known, computed where not.
+
+    Args:
+        run: what to compute.
+        tick: called after each batch; it may raise to stop, and what is finished is kept.
+
+    Returns:
+        For each attack a row per picture with the columns of `columns(run.steps)`.
+
+    Raises:
+        InputError: see `plan` and `oms_core.families.load`.
+    """
+    planned = plan(run)
+    known = lookup(planned)
+    missing = replace(planned, tasks=tuple(task for task in planned.tasks if task.attack.name not in known))
+    return known | (compute(missing, tick) if missing.tasks else {})
+
+
+@lru_cache(maxsize=2)
+def loaded(model: Model, placement: Placement) -> Denoiser:
+    """The model in memory; at most two stay."""
+    from oms_core.families import load
+
+    return load(model, placement)
+
+
+def compute(plan: Plan, tick: Tick | None = None) -> dict[str, pd.DataFrame]:
+    """Compute every task of a plan in one pass over the pictures, sharing model calls between attacks."""
+    run = plan.run
+    placement = place(run.device, run.dtype)
+    denoiser = loaded(plan.model, placement)
+    batch = run.batch or automatic_batch(denoiser, placement)
+    size = -(-SHARD // batch) * batch
+    rows = [plan.images.table.index[start : start + size] for start in range(0, len(plan.images), size)]
+    variant = cache.Variant(placement.device, placement.dtype, batch, run.steps)
+    entries = {task: cache.Entry(task.key, variant, len(rows)) for task in plan.tasks}
+    parts: dict[str, list[pd.DataFrame]] = {task.attack.name: [] for task in plan.tasks}
+    done = 0
+    for shard, places in enumerate(rows):
+        images = replace(plan.images, table=plan.images.table.loc[places])
+        known = {task: entry.read(shard) for task, entry in entries.items()}
+        todo = [task for task in plan.tasks if known[task] is None]
+        fresh: dict[Task, list[pd.DataFrame]] = {task: [] for task in todo}
+        for signals in batches(denoiser, images, todo, batch, run):
+            for task, rows_of_batch in signals.items():
+                fresh[task].append(rows_of_batch)
+            done += len(next(iter(signals.values())))
+            report(tick, done, plan, {task.attack.name: rows for task, rows in signals.items()})
+        for task in todo:
+            known[task] = pd.concat(fresh[task], ignore_index=True)
+            entries[task].write(shard, known[task])
+        if not todo:
+            done += len(places)
+            report(tick, done, plan, {task.attack.name: known[task] for task in plan.tasks})
+        for task in plan.tasks:
+            parts[task.attack.name].append(known[task])
+    for task, entry in entries.items():
+        entry.finish(task.content)
+    return {name: pd.concat(frames, ignore_index=True) for name, frames in parts.items()}
+
+
+def report(tick: Tick | None, done: int, plan: Plan, signals: dict[str, pd.DataFrame]) -> None:
+    if tick:
+        tick(Progress(done, len(plan.images), signals))
+
+
+def automatic_batch(denoiser: Denoiser, placement: Placement) -> int:
+    """The batch size for this model on this device."""
+    import torch
+
+    height, width = denoiser.profile.size
+
+    @torch.inference_mode()
+    def forward(count: int) -> None:
+        pixels = np.zeros((count, height, width, denoiser.profile.channels), np.uint8)
+        denoiser.eps(denoiser.encode(pixels), 0, denoiser.condition([""] * count))
+
+    return batch_size(placement, forward)
+
+
+def batches(
+    denoiser: Denoiser, images: ImageSet, tasks: list[Task], batch: int, run: Run
+) -> Iterator[dict[Task, pd.DataFrame]]:
+    """The distances of each batch, the next one being decoded while the model works."""
+    if not tasks:
+        return
+    groups = [images.table.index[start : start + batch] for start in range(0, len(images), batch)]
+    with ThreadPoolExecutor(1) as reader:
+        pending = reader.submit(read_batch, images, groups[0], denoiser, batch)
+        for following in [*groups[1:], None]:
+            group, pixels = pending.result()
+            if following is not None:
+                pending = reader.submit(read_batch, images, following, denoiser, batch)
+            yield signals_of(denoiser, group, pixels, tasks, run)
+
+
+def read_batch(images: ImageSet, places: pd.Index, denoiser: Denoiser, batch: int) -> tuple[ImageSet, np.ndarray]:
+    """The pictures of a batch, filled up with empty ones: the batch size decides the last bits of a score."""
+    group = replace(images, table=images.table.loc[places])
+    pixels = group.pixels(denoiser.profile)
+    empty = np.zeros((batch - len(pixels), *pixels.shape[1:]), np.uint8)
+    return group, np.concatenate([pixels, empty])
+
+
+def signals_of(
+    denoiser: Denoiser, group: ImageSet, pixels: np.ndarray, tasks: list[Task], run: Run
+) -> dict[Task, pd.DataFrame]:
+    """Run every task on one batch."""
+    import torch
+
+    with torch.inference_mode():
+        probe = probe_of(denoiser, group, pixels, run.seed)
+        return {task: signal(search(task, probe, run.steps), group) for task in tasks}
+
+
+def probe_of(denoiser: Denoiser, group: ImageSet, pixels: np.ndarray, seed: int) -> Probe:
+    """A batch before the model; pictures beyond the group's length are padding."""
+    padding = len(pixels) - len(group)
+    x_0 = denoiser.encode(pixels)
+    captions = [*group.table.caption, *[""] * padding]
+    return Probe(denoiser, x_0, denoiser.condition(captions), noise_like(x_0, [*group.table.image], seed))
+
+
+def noise_like(x_0: Tensor, images: list[str], seed: int) -> Tensor:
+    """One draw from N(0, I) per picture, decided by its identity and the seed alone; zeros for padding."""
+    import torch
+
+    noise = torch.zeros(x_0.shape)
+    for row, image in enumerate(images):
+        digest = hashlib.sha256(f"{image} {seed}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        noise[row] = torch.randn(x_0.shape[1:], generator=generator)
+    return noise.to(x_0)
+
+
+def search(task: Task, probe: Probe, steps: int) -> Trajectory:
+    """The iterates eps^0 ... eps^N of a task."""
+    given, f = task.attack.search(probe, task.t)
+    return fixed_point(f, given, steps)
+
+
+def signal(trajectory: Trajectory, group: ImageSet) -> pd.DataFrame:
+    """Every distance of a batch, a row per picture."""
+    import torch
+
+    steps = len(trajectory.eps) - 1
+    distances = torch.stack([trajectory.distance(i, j, p) for p in NORMS for i, j in pairs(steps)], dim=1)
+    values = distances[: len(group)].cpu().numpy()  # (B, pairs x norms)
+    rows = pd.DataFrame(values, columns=columns(steps)[1:])
+    rows.insert(0, "image", group.table.image.to_numpy())
+    return rows
+
+
+def trace(run: Run, image: str) -> Trace:
+    """The iterates of one picture under a run's first attack, from the cache or computed.
+
+    Raises:
+        InputError: see `plan`; or the picture is not in the set.
+    """
+    planned = plan(run)
+    found = lookup_trace(planned, image)
+    return found if found is not None else compute_trace(planned, image)
+
+
+def compute_trace(planned: Plan, image: str) -> Trace:
+    """Ask the model for the iterates of one picture, and keep them."""
+    import torch
+
+    run, task = planned.run, planned.tasks[0]
+    placement = place(run.device, run.dtype)
+    denoiser = loaded(planned.model, placement)
+    group = replace(planned.images, table=planned.images.table[planned.images.table.image == image])
+    with torch.inference_mode():
+        probe = probe_of(denoiser, group, group.pixels(denoiser.profile), run.seed)
+        eps = torch.cat(search(task, probe, run.steps).eps).float().cpu().numpy()  # (N + 1, C, H, W)
+    alpha, sigma = denoiser.coefficients(task.t + task.attack.reach)
+    found = Trace(probe.x_0[0].float().cpu().numpy(), eps, alpha, sigma)
+    content = trace_content(task, image)
+    entry = cache.Entry(cache.key_of(content), cache.Variant(placement.device, placement.dtype, 1, run.steps), 1)
+    entry.write(0, found.rows())
+    entry.finish(content)
+    return found

@@ -1,0 +1,270 @@
+"""A run: one frozen description that is cache key, command-line flags, address and page state in one.
+
+`plan` says what a run means, `lookup` finds what is known of it, and the rest turns known distances into
+tables. Nothing here imports torch; `oms_core.compute` is the slow half.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from oms_core import cache, catalog
+from oms_core.attacks import ATTACKS, COMPARED, Attack
+from oms_core.catalog import Model
+from oms_core.device import DEVICES, DTYPES
+from oms_core.errors import InputError
+from oms_core.images import ImageSet, open_images
+
+FORMULA = 1  # raised when a change of the code changes a number
+NORMS = (2, 4)
+MAX_STEPS = 20
+MAX_BATCH = 4096
+
+
+def setting(default: Any, help: str, low: int | None = None, high: int | None = None) -> Any:
+    """A field of `Run` with the words and limits that the command line and the pages show."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high})
+
+
+@dataclass(frozen=True)
+class Run:
+    """What to compute. Defaults are the paper's where it names one."""
+
+    model: str = setting("ddpm-digits", "a built-in name, ideal:SET, a diffusers folder, or a Hugging Face owner/name")
+    images: str = setting("", "digits, fashion, or a folder; a built-in model brings its own")
+    attacks: tuple[str, ...] = setting(COMPARED, "names of attacks, comma separated, or all")
+    t: int | None = setting(None, "timestep; by default the model card's or the paper's for each attack", 0)
+    steps: int = setting(3, "N, how far the search goes; n = 1 is the published attack, n = 2 is +OMS", 1, MAX_STEPS)
+    seed: int = setting(0, "seed of the drawn noise; each picture has its own", 0, 2**31 - 1)
+    limit: int | None = setting(None, "only so many pictures, half of them members", 1)
+    device: str = setting("", f"{', '.join(DEVICES)}; by default the best one here")
+    dtype: str = setting("", f"precision of the network: {', '.join(DTYPES)}; by default float32")
+    batch: int = setting(0, "pictures at once; by default what fits. Part of the result's identity", 0, MAX_BATCH)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One attack of a run, with the key under which its distances are kept."""
+
+    attack: Attack
+    t: int
+    content: dict[str, Any] = field(compare=False)
+
+    @cached_property
+    def key(self) -> str:
+        return cache.key_of(self.content)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run with its names resolved: the model, the pictures, and a task per attack."""
+
+    run: Run
+    model: Model
+    images: ImageSet
+    tasks: tuple[Task, ...]
+
+
+def plan(run: Run) -> Plan:
+    """Resolve a run.
+
+    Raises:
+        InputError: a name is unknown, a number is out of range, or model and pictures do not fit.
+    """
+    check_limits(run)
+    model = catalog.describe(run.model)
+    name = run.images or model.images
+    if not name:
+        raise InputError(f"{run.model} brings no pictures of its own; name an image set with --images.")
+    images = open_images(name).with_role("member", "nonmember").limit(run.limit)
+    if not len(images):
+        raise InputError(f"{name} has neither members nor non-members, so there is nothing to compare.")
+    return Plan(run, model, images, tuple(task(attack, run, model, images) for attack in attacks_of(run)))
+
+
+def check_limits(run: Run) -> None:
+    """Refuse numbers outside the limits that `Run` states."""
+    for name, spec in Run.__dataclass_fields__.items():
+        value, low, high = getattr(run, name), spec.metadata["low"], spec.metadata["high"]
+        if value is None or low is None:
+            continue
+        if not isinstance(value, int) or value < low or (high is not None and value > high):
+            limits = f"between {low} and {high}" if high is not None else f"at least {low}"
+            raise InputError(f"{name} is {value}; it must be {limits}.")
+
+
+def attacks_of(run: Run) -> list[Attack]:
+    """The attacks that a run names."""
+    if not run.attacks:
+        raise InputError(f"No attack is named; choose among {', '.join(ATTACKS)}.")
+    for name in run.attacks:
+        if name not in ATTACKS:
+            raise InputError(f"There is no attack {name!r}; known are {', '.join(ATTACKS)}, or all.")
+    return [ATTACKS[name] for name in dict.fromkeys(run.attacks)]
+
+
+def timestep(attack: Attack, run: Run, model: Model) -> int:
+    """The timestep asked for, else the one on the model's card, else the paper's."""
+    shown = model.card["recipe"]["timesteps"] if model.card else {}
+    t = run.t if run.t is not None else shown.get(attack.name, attack.t)
+    if t + attack.reach >= model.timesteps:
+        highest = model.timesteps - 1 - attack.reach
+        raise InputError(f"{attack.name} at t = {t} asks {model.name} beyond its last timestep; use at most {highest}.")
+    return t
+
+
+def task(attack: Attack, run: Run, model: Model, images: ImageSet) -> Task:
+    """The task of one attack, keyed by content: never by a name or a shape."""
+    t = timestep(attack, run, model)
+    content = {
+        "formula": FORMULA,
+        "model": model.fingerprint,
+        "images": images.digest,
+        "profile": [*model.profile.size, model.profile.channels],
+        "attack": attack.name,
+        "t": t,
+        "seed": run.seed,
+        "norms": list(NORMS),
+    }
+    return Task(attack, t, content)
+
+
+def lookup(plan: Plan) -> dict[str, pd.DataFrame]:
+    """The distances that are already known, by attack."""
+    known = {}
+    for task in plan.tasks:
+        for variant, folder in cache.variants(task.key):
+            if fits(variant, plan.run):
+                rows = cache.read_finished(folder, task.key)
+                if rows is not None:
+                    known[task.attack.name] = rows[columns(plan.run.steps)]
+                    break
+    return known
+
+
+def fits(variant: cache.Variant, run: Run) -> bool:
+    """Whether a kept result is what a run asks for; what the run leaves open may be anything."""
+    asked = ((run.device, variant.device), (run.dtype, variant.dtype), (run.batch, variant.batch))
+    return variant.steps >= run.steps and all(not wanted or wanted == kept for wanted, kept in asked)
+
+
+def column(i: int, j: int, p: float) -> str:
+    """The name under which d(i, j) in the norm p is kept."""
+    return f"d({i},{j}) p={p}"
+
+
+def columns(steps: int) -> list[str]:
+    """The columns of a signal: the picture's identity and every d(i, j) up to N = steps."""
+    return ["image", *(column(i, j, p) for p in NORMS for i, j in pairs(steps))]
+
+
+def pairs(steps: int) -> list[tuple[int, int]]:
+    """Every (i, j) with 0 <= i < j <= steps."""
+    return [(i, j) for j in range(1, steps + 1) for i in range(j)]
+
+
+def scores(planned: Plan, signals: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """The score table: image, member, attack, t, n, score; larger = more likely a member, everywhere."""
+    member = planned.images.table.set_index("image").role.eq("member")
+    frames = []
+    for task in planned.tasks:
+        rows = signals[task.attack.name]
+        for n in range(1, planned.run.steps + 1):
+            frames.append(
+                pd.DataFrame(
+                    {
+                        "image": rows.image,
+                        "member": member.loc[rows.image].to_numpy(),
+                        "attack": task.attack.name,
+                        "t": task.t,
+                        "n": n,
+                        "score": -rows[column(0, n, task.attack.p)],
+                    }
+                )
+            )
+    return pd.concat(frames, ignore_index=True)
+
+
+def calls(planned: Plan) -> dict[tuple[str, int], int]:
+    """Model calls per picture of each attack run alone, by attack and n."""
+    steps = range(1, planned.run.steps + 1)
+    return {(task.attack.name, n): task.attack.calls(task.t) + n - 1 for task in planned.tasks for n in steps}
+
+
+def residuals(planned: Plan, rows: pd.DataFrame) -> pd.DataFrame:
+    """The norm of each residual, ||delta^n||_2: image, member, n, residual; a row per picture and n (Fig. 1)."""
+    steps = range(1, planned.run.steps + 1)
+    wide = rows[["image"]].assign(**{str(n): rows[column(n - 1, n, 2)] for n in steps})
+    tidy = wide.melt("image", var_name="n", value_name="residual").astype({"n": int})
+    member = planned.images.table.set_index("image").role.eq("member")
+    return tidy.assign(member=member.loc[tidy.image].to_numpy())
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The search for the noise of one picture, step by step.
+
+    Attributes:
+        x_0: the picture as the model takes it, (C, H, W).
+        eps: the iterates eps^0 ... eps^N, (N + 1, C, H, W) float32.
+        alpha, sigma: coefficients of the timestep at which the map asks the model.
+    """
+
+    x_0: np.ndarray
+    eps: np.ndarray
+    alpha: float
+    sigma: float
+
+    def x_t(self, n: int) -> np.ndarray:
+        """The noisy picture in which the model looks for noise after n steps (Eq. 2), (C, H, W)."""
+        return self.alpha * self.x_0 + self.sigma * self.eps[n]
+
+    def predicted_x_0(self, n: int) -> np.ndarray:
+        """The picture that the model sees in x_t: what remains when eps^n is taken from what it was asked with."""
+        return (self.x_t(max(0, n - 1)) - self.sigma * self.eps[n]) / self.alpha
+
+    def residuals(self) -> list[float]:
+        """||delta^n||_2 for n = 1 ... N."""
+        return [float(np.linalg.norm(delta)) for delta in np.diff(self.eps, axis=0)]
+
+    def rows(self) -> pd.DataFrame:
+        """As kept on disk: a row per iterate."""
+        values = [eps.astype("<f4").tobytes() for eps in self.eps]
+        once = {"x_0": self.x_0.astype("<f4").tobytes(), "alpha": self.alpha, "sigma": self.sigma}
+        shape = dict(zip(("channels", "height", "width"), self.x_0.shape, strict=True))
+        return pd.DataFrame({"n": range(len(values)), "eps": values}).assign(**once, **shape)
+
+    @classmethod
+    def from_rows(cls, rows: pd.DataFrame, steps: int) -> Trace:
+        """Back from disk, up to N = steps."""
+        first = rows.iloc[0]
+        shape = (int(first.channels), int(first.height), int(first.width))
+        eps = np.stack([np.frombuffer(values, "<f4").reshape(shape) for values in rows.eps[: steps + 1]])
+        return cls(np.frombuffer(first.x_0, "<f4").reshape(shape), eps, float(first.alpha), float(first.sigma))
+
+
+def trace_content(task: Task, image: str) -> dict[str, Any]:
+    """What a trace is keyed by: its task on this one picture, whatever set it is in."""
+    return {key: value for key, value in task.content.items() if key not in ("images", "norms")} | {"trace": image}
+
+
+def lookup_trace(planned: Plan, image: str) -> Trace | None:
+    """The trace of a picture under a plan's first attack, if it is known.
+
+    Raises:
+        InputError: the picture is not in the set.
+    """
+    if not planned.images.table.image.eq(image).any():
+        raise InputError(f"{planned.images.name} has no picture {image[:12]!r}; pick one from the list.")
+    key = cache.key_of(trace_content(planned.tasks[0], image))
+    for variant, folder in cache.variants(key):
+        if variant.steps >= planned.run.steps:
+            rows = cache.read_finished(folder, key)
+            if rows is not None:
+                return Trace.from_rows(rows, planned.run.steps)
+    return None
