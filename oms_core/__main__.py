@@ -1,0 +1,328 @@
+"""The command line: ``python -m oms_core``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from oms_core import exhibits
+from oms_core.attacks import COMPARED
+from oms_core.errors import InputError
+from oms_core.run import Run, plan, scores
+
+EPILOG = """examples:
+  python -m oms_core evaluate --model ddpm-digits                      every attack, with and without OMS
+  python -m oms_core evaluate --model ddpm-digits@300 --attack NA --t 200
+  python -m oms_core score --model FOLDER --images FOLDER --attack PIA --out scores.parquet
+  python -m oms_core figure D1 --model ddpm-fashion --out roc.html
+  python -m oms_core table 1
+
+An attack starts a search for the noise of a picture, eps^n = f(eps^(n-1)). n = 1 is the attack as published,
+n = 2 adds One More Step (OMS). Larger scores mean: more likely a member of the training set.
+Results are kept in .cache (or the folder in OMS_CACHE) and found again by content. OMS_DEVICE picks the device.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; 0 if it worked, 2 for bad input, 130 if stopped by the user."""
+    options = parser().parse_args(arguments)
+    try:
+        options.command(options)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nStopped; the same command goes on from the last finished shard.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and their flags."""
+    top = argparse.ArgumentParser(
+        "python -m oms_core",
+        description="Membership inference on diffusion models as a search for the training noise.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    listing = add(commands, "list", list_command, "what there is: models, images, attacks or figures")
+    listing.add_argument("what", choices=list(exhibits.LISTINGS))
+    listing.add_argument("--json", action="store_true", help="print JSON")
+
+    scoring = add(commands, "score", score_command, "score every picture and write the table", run=True)
+    scoring.add_argument("--out", type=Path, help="a .parquet or .csv file; by default a summary is printed")
+    scoring.add_argument("--traces", type=int, default=0, help="keep the iterates of so many pictures of each kind")
+    scoring.add_argument("--distances", action="store_true", help="add every d(i, j) to the table")
+
+    add(commands, "evaluate", evaluate_command, "AUC, ASR and TPR at low FPR for every n, with intervals", run=True)
+
+    drawing = add(commands, "figure", figure_command, "draw a figure of the paper", run=True)
+    drawing.add_argument("name", help=f"one of {', '.join(exhibits.FIGURES)}")
+    drawing.add_argument("--out", type=Path, help="an .html (self-contained), .png or .svg file")
+
+    tabling = add(commands, "table", table_command, "a table of the paper, its figures beside the measured", run=True)
+    tabling.add_argument("name", help=f"one of {', '.join(exhibits.TABLES)}")
+
+    training = add(commands, "train", train_command, "train a built-in model again, or check the shipped files")
+    training.add_argument("name", nargs="?", help="ddpm-digits or ddpm-fashion")
+    training.add_argument("--check", action="store_true", help="compare every shipped file with its digest")
+    training.add_argument("--to", type=Path, help="folder for the model; by default assets/models")
+    training.add_argument("--json", action="store_true", help="print JSON")
+
+    assembling = add(commands, "assemble", assemble_command, "make the built-in image sets from their originals")
+    assembling.add_argument("--source", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
+    assembling.add_argument("--to", type=Path, help="folder for the sets; by default assets/images")
+
+    benching = add(commands, "bench", bench_command, "measure speed and model calls against bare forward passes")
+    benching.add_argument("--model", default=Run.model, help="the model to measure with")
+    benching.add_argument("--json", action="store_true", help="print JSON")
+    return top
+
+
+def add(
+    commands: Any, name: str, command: Callable[[argparse.Namespace], None], help: str, run: bool = False
+) -> argparse.ArgumentParser:
+    """One command; with `run`, it takes a flag for each field of `Run`."""
+    one = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+    one.set_defaults(command=command)
+    if run:
+        for spec in fields(Run):
+            flag = "--attack" if spec.name == "attacks" else f"--{spec.name}"
+            kind = int if spec.type in ("int", "int | None") else str
+            shown = "" if spec.default in (None, "", 0) else f" (default: {shown_default(spec.default)})"
+            one.add_argument(flag, dest=spec.name, type=kind, default=spec.default, help=spec.metadata["help"] + shown)
+        one.add_argument("--json", action="store_true", help="print JSON")
+    return one
+
+
+def shown_default(value: Any) -> str:
+    return "all" if value == COMPARED else str(value)
+
+
+def run_of(options: argparse.Namespace) -> Run:
+    """The run that the flags describe."""
+    values = {spec.name: getattr(options, spec.name) for spec in fields(Run)}
+    if isinstance(values["attacks"], str):
+        named = tuple(name.strip() for name in values["attacks"].split(",") if name.strip())
+        values["attacks"] = COMPARED if named == ("all",) else named
+    return Run(**values)
+
+
+class Bar:
+    """Progress on standard error, shown only where somebody is looking or the work takes long."""
+
+    def __init__(self, label: str) -> None:
+        self.label, self.bar = label, None
+
+    def __call__(self, progress: Any) -> None:
+        if self.bar is None:
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=progress.total, desc=self.label, unit="picture", file=sys.stderr, delay=1)
+        self.bar.update(progress.done - self.bar.n)
+        if progress.done == progress.total:
+            self.bar.close()
+            self.bar = None
+
+
+def list_command(options: argparse.Namespace) -> None:
+    rows = exhibits.listing(options.what)
+    if options.json:
+        print_json(rows)
+    else:
+        print_table(rows)
+
+
+def score_command(options: argparse.Namespace) -> None:
+    from oms_core.compute import score, trace
+
+    run = run_of(options)
+    planned = plan(run)
+    if options.out and options.out.suffix not in (".parquet", ".csv"):
+        raise InputError(f"{options.out} is neither .parquet nor .csv; name a file of one of these kinds.")
+    signals = score(run, Bar("scoring"))
+    table = scores(planned, signals)
+    if options.distances:
+        distances = [signals[task.attack.name].assign(attack=task.attack.name) for task in planned.tasks]
+        import pandas as pd
+
+        table = table.merge(pd.concat(distances), on=["image", "attack"], validate="many_to_one")
+    for image in first_of_each_kind(planned.images.table, options.traces):
+        for attack in run.attacks:
+            trace(replace(run, attacks=(attack,)), image)
+    report_rejected(planned.images.rejected)
+    if options.out:
+        write_table(table, options.out)
+        print(f"{len(table)} rows written to {options.out}", file=sys.stderr)
+    if options.json:
+        print_json(table.to_dict("records"))
+    elif not options.out:
+        print(table.groupby(["attack", "t", "n", "member"], sort=False).score.describe().round(3).to_string())
+
+
+def first_of_each_kind(table: Any, count: int) -> list[str]:
+    """The first pictures of each role."""
+    return [*table.groupby("role").head(count).image]
+
+
+def report_rejected(rejected: Any) -> None:
+    """Say which files were not scored."""
+    for row in rejected.head(10).itertuples():
+        print(f"not scored: {row.file}: {row.reason}", file=sys.stderr)
+    if len(rejected) > 10:
+        print(f"not scored: {len(rejected) - 10} more files", file=sys.stderr)
+
+
+def write_table(table: Any, out: Path) -> None:
+    """Write beside the target, then rename: the file is whole or not there.
+
+    Raises:
+        InputError: the place cannot be written.
+    """
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        if out.suffix == ".parquet":
+            table.to_parquet(partial, index=False)
+        else:
+            table.to_csv(partial, index=False)
+        partial.replace(out)
+    except OSError as error:
+        raise InputError(f"{out} cannot be written ({error.strerror}); choose another place with --out.") from error
+
+
+def evaluate_command(options: argparse.Namespace) -> None:
+    run = run_of(options)
+    rows = exhibits.evaluate(run, Bar("scoring"))
+    report_rejected(plan(run).images.rejected)
+    if options.json:
+        print_json(rows)
+    else:
+        print_table(readable(rows))
+
+
+def figure_command(options: argparse.Namespace) -> None:
+    shown = exhibits.exhibit(options.name)
+    out = options.out or Path(f"figure-{options.name}.html")
+    if out.suffix not in (".html", ".png", ".svg"):
+        raise InputError(f"{out} is neither .html, .png nor .svg; name a file of one of these kinds.")
+    planned, chart = exhibits.figure(options.name, run_of(options), Bar("scoring"))
+    title = f"Figure {options.name}: {shown.title} ({planned.model.name}, {planned.images.name})"
+    from oms_core.export import write_figure
+
+    write_figure(chart, title, out)
+    if options.json:
+        print_json({"file": str(out), "says": chart.alt, "rows": chart.table.to_dict("records")})
+    else:
+        print(f"{title}\n{chart.alt}\nwritten to {out}")
+
+
+def table_command(options: argparse.Namespace) -> None:
+    models = [options.model] if "--model" in sys.argv else []
+    rows = exhibits.table(options.name, models, run_of(options), Bar("scoring"))
+    if options.json:
+        print_json(rows)
+    else:
+        print_table([row | papers(row) for row in readable(rows)])
+
+
+def papers(row: dict[str, Any]) -> dict[str, str]:
+    """The paper's AUCs in one cell."""
+    found = row.pop("paper", None) or {}
+    return {"paper's AUC": ", ".join(f"{name} {100 * figures['auc']:.1f}" for name, figures in found.items())}
+
+
+def train_command(options: argparse.Namespace) -> None:
+    if options.check == bool(options.name):
+        raise InputError(
+            "Name a model to train, ddpm-digits or ddpm-fashion, or use --check to verify what is shipped."
+        )
+    if options.check:
+        from oms_core.cards import check
+
+        rows = check()
+        if options.json:
+            print_json(rows)
+        else:
+            print_table(rows)
+        wrong = [row["file"] for row in rows if row["state"] != "ok"]
+        if wrong:
+            raise InputError(f"{len(wrong)} of {len(rows)} shipped files are not as their card says, first {wrong[0]}.")
+        return
+    from oms_core.train import MODELS, RECIPES, Training
+
+    if options.name not in RECIPES:
+        raise InputError(f"There is no recipe {options.name!r}; known are {', '.join(RECIPES)}.")
+    print(f"written to {Training(options.name).run(options.to or MODELS)}")
+
+
+def assemble_command(options: argparse.Namespace) -> None:
+    from oms_core.assemble import assemble
+    from oms_core.images import ASSETS
+
+    for path in assemble(options.source, options.to or ASSETS / "images"):
+        print(f"written to {path}")
+
+
+def bench_command(options: argparse.Namespace) -> None:
+    from oms_core.bench import bench
+
+    rows = bench(options.model)
+    if options.json:
+        print_json(rows)
+    else:
+        print_table(rows)
+
+
+def readable(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rates in per cent with their intervals, for people."""
+    return [
+        {
+            "model": row["model"],
+            "attack": row["attack"],
+            "t": row["t"],
+            "n": row["n"],
+            "calls": row["calls"],
+            "AUC %": with_interval(row, "auc"),
+            "gain": with_interval(row, "gain", "+.1f"),
+            "ASR %": f"{100 * row['asr']:.1f} ± {100 * row['asr_sd']:.1f}",
+            "TPR@5%": with_interval(row, "tpr5"),
+            "TPR@1%": with_interval(row, "tpr1"),
+            "TPR@0.1%": with_interval(row, "tpr01"),
+            "note": row["note"],
+        }
+        | ({"paper": row["paper"]} if "paper" in row else {})
+        for row in rows
+    ]
+
+
+def with_interval(row: dict[str, Any], name: str, form: str = ".1f") -> str:
+    if row[name] is None:
+        return "-"
+    value, low, high = (100 * row[key] for key in (name, f"{name}_lo", f"{name}_hi"))
+    return f"{value:{form}} [{low:{form}}, {high:{form}}]"
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Rows as aligned text."""
+    import pandas as pd
+
+    print(pd.DataFrame(rows).fillna("").to_string(index=False))
+
+
+def print_json(value: Any) -> None:
+    """One JSON document; what is not a number is null."""
+    print(json.dumps(value, indent=1, default=lambda number: number.item()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

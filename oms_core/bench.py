@@ -1,0 +1,111 @@
+"""What the engine costs beyond the model itself, measured against bare forward passes in one run."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from oms_core.attacks import COMPARED
+from oms_core.compute import automatic_batch, compute, loaded, probe_of, search
+from oms_core.denoiser import Denoiser
+from oms_core.device import place
+from oms_core.run import Plan, Run, plan
+
+PICTURES, STEPS, ROUNDS = 512, 3, 5
+CALLS = 25  # NA 3; eps_theta(x_0, 0) 1, shared; PIA 3; PIAN 3; SecMI's walk 10, then 1 + 2 + 2 for both readings
+
+
+def bench(model: str) -> list[dict[str, Any]]:
+    """Rows of `name, value, target, holds`."""
+    run = Run(model=model, attacks=COMPARED, steps=STEPS, limit=PICTURES)
+    planned = plan(run)
+    placement = place()
+    denoiser = loaded(planned.model, placement)
+    batch = automatic_batch(denoiser, placement)
+    calls = calls_per_batch(planned, denoiser, batch)
+    ratio = overhead(planned, denoiser, batch, calls)
+    return [
+        row(f"scoring {PICTURES} pictures / bare forwards, {model}", round(ratio, 3), 1.05),
+        row("model calls per picture, NA + PIA + PIAN + SecMI both ways", calls, CALLS),
+        row("evaluate from a warm cache, whole process, seconds", round(warm_evaluate(model), 2), 3.0),
+    ]
+
+
+def row(name: str, value: float, target: float) -> dict[str, Any]:
+    """A measured value against the most that it should be."""
+    return {"name": name, "value": value, "target": target, "holds": value <= target}
+
+
+def calls_per_batch(planned: Plan, denoiser: Denoiser, batch: int) -> int:
+    """How often the model is asked about a batch in one pass over all attacks."""
+    images = planned.images.limit(batch)
+    probe = probe_of(denoiser, images, images.pixels(denoiser.profile), planned.run.seed)
+    for task in planned.tasks:
+        search(task, probe, STEPS)
+    return probe.calls
+
+
+def overhead(planned: Plan, denoiser: Denoiser, batch: int, calls: int) -> float:
+    """Time of scoring over time of as many bare forwards of the same batches: the median of paired rounds."""
+    forward = bare_forward(denoiser, batch)
+    count = calls * -(-len(planned.images) // batch)
+    ratios = []
+    for _ in range(ROUNDS + 1):
+        with empty_cache():
+            scoring = timed(lambda: compute(planned))
+        bare = timed(lambda: [forward() for _ in range(count)])
+        ratios.append(scoring / bare)
+    return statistics.median(ratios[1:])  # the first round warms up
+
+
+def bare_forward(denoiser: Denoiser, batch: int) -> Callable[[], None]:
+    """One forward pass of the model on a batch, and nothing else."""
+    import torch
+
+    pixels = np.zeros((batch, *denoiser.profile.size, denoiser.profile.channels), np.uint8)
+    x_0, condition = denoiser.encode(pixels), denoiser.condition([""] * batch)
+
+    @torch.inference_mode()
+    def forward() -> None:
+        denoiser.eps(x_0, 100, condition).sum().item()  # waits for the device
+
+    return forward
+
+
+def timed(work: Callable[[], Any]) -> float:
+    """Seconds that a piece of work takes."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+@contextmanager
+def empty_cache() -> Iterator[None]:
+    """Keep results in a temporary folder, so that nothing is found."""
+    before = os.environ.get("OMS_CACHE")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["OMS_CACHE"] = folder
+        try:
+            yield
+        finally:
+            os.environ.pop("OMS_CACHE")
+            if before is not None:
+                os.environ["OMS_CACHE"] = before
+
+
+def warm_evaluate(model: str) -> float:
+    """Seconds of a whole `evaluate` process whose distances are known: the median of three."""
+    command = [sys.executable, "-m", "oms_core", "evaluate", "--model", model, "--json"]
+    process = partial(subprocess.run, command, check=True, stdout=subprocess.DEVNULL)
+    process()  # whatever is missing is computed here
+    return statistics.median(timed(process) for _ in range(3))

@@ -1,0 +1,54 @@
+"""Writing a chart to a file: self-contained HTML, or a picture where a Chrome is installed."""
+
+from __future__ import annotations
+
+import html
+from pathlib import Path
+
+from oms_core.errors import InputError
+from oms_core.figures import Chart
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<style>body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }}
+table {{ border-collapse: collapse; font-size: 14px; }} td, th {{ padding: .2rem .6rem; text-align: right; }}</style>
+</head><body><h1>{title}</h1><p>{alt}</p>{figure}<details><summary>Table</summary>{table}</details></body></html>
+"""
+
+
+def write_figure(chart: Chart, title: str, out: Path) -> None:
+    """Write a chart as .html, .png or .svg.
+
+    Raises:
+        InputError: the place cannot be written, or a picture is asked for where no Chrome is found.
+    """
+    try:
+        if out.suffix == ".html":
+            out.write_text(page(chart, title), encoding="utf-8")
+        else:
+            out.write_bytes(picture(chart, title, out.suffix.removeprefix(".")))
+    except OSError as error:
+        raise InputError(f"{out} cannot be written ({error.strerror}); choose another place with --out.") from error
+
+
+def page(chart: Chart, title: str) -> str:
+    """An HTML page with the figure, its sentence and its table; it loads nothing from elsewhere."""
+    return PAGE.format(
+        title=html.escape(title),
+        alt=html.escape(chart.alt),
+        figure=chart.figure.to_html(full_html=False, include_plotlyjs=True),
+        table=chart.table.to_html(index=False, float_format="%.4f", border=0),
+    )
+
+
+def picture(chart: Chart, title: str, kind: str) -> bytes:
+    """The figure as PNG or SVG, drawn by the Chrome or Chromium on this machine."""
+    from kaleido.errors import ChromeNotFoundError
+
+    chart.figure.update_layout(title={"text": title, "font": {"size": 16}}, margin={"t": 90})
+    try:
+        return chart.figure.to_image(format=kind, width=1100, height=620, scale=2)
+    except (ChromeNotFoundError, RuntimeError, ValueError) as error:
+        raise InputError(
+            "A PNG or SVG needs Chrome or Chromium on this machine; install one, or write .html."
+        ) from error

@@ -1,0 +1,279 @@
+"""Plotly figures from tables. Each comes with a sentence that says what it shows, in numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from oms_core.metrics import Roc
+
+MEMBER, NONMEMBER, UPLOAD, NOISE = "#0072B2", "#D55E00", "#8A8A8A", "#009E73"
+GROUPS = ((True, "members", MEMBER, "circle", "solid"), (False, "non-members", NONMEMBER, "diamond", "dash"))
+ATTACK_COLOURS = {
+    "NA": "#009E73",
+    "PIA": "#CC79A7",
+    "PIAN": "#E69F00",
+    "SecMI": "#56B4E9",
+    "SecMI-xt": "#8C6BB1",
+    "SecMI-released": "#7F7F7F",
+}
+DASH = {1: "dot", 2: "solid", 3: "dash"}  # the paper's convention: dotted without OMS, solid with
+LEAST_RATE = 1e-3  # where the log-scaled ROC begins
+BAND = (0.1, 0.9)  # quantiles of a cohort drawn as a band
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A figure, the sentence that stands for it, and the table behind it."""
+
+    figure: go.Figure
+    alt: str
+    table: pd.DataFrame
+
+
+def layout(figure: go.Figure, x: str, y: str, height: int = 380) -> go.Figure:
+    """The common look: legend above, light margins, axis titles."""
+    figure.update_layout(
+        template="plotly_white",
+        height=height,
+        margin={"l": 60, "r": 20, "t": 40, "b": 50},
+        legend={"orientation": "h", "yanchor": "bottom", "y": 1.02, "x": 0},
+        font={"size": 14},
+    )
+    figure.update_xaxes(title_text=x)
+    figure.update_yaxes(title_text=y)
+    return figure
+
+
+def colour_of(attack: str) -> str:
+    return ATTACK_COLOURS.get(attack, "#333333")
+
+
+def label_of(attack: str, n: int) -> str:
+    """An attack's name with its number of steps, as the legend shows it."""
+    return attack if n == 1 else f"{attack} +OMS" if n == 2 else f"{attack} n = {n}"
+
+
+def residual_boxes(residuals: pd.DataFrame, dimension: int) -> Chart:
+    """Boxes of ||delta^n|| by n for members and non-members, with the distance of two noises (Fig. 1, below).
+
+    Args:
+        residuals: image, member, n, residual.
+        dimension: how many numbers a picture has; two draws from N(0, I) are about sqrt(2 d) apart.
+    """
+    figure = go.Figure()
+    for member, name, colour, _, _ in GROUPS:
+        rows = residuals[residuals.member == member]
+        figure.add_box(
+            x=rows.n, y=rows.residual, name=name, marker_color=colour, boxpoints="outliers",
+            line_width=1.5, marker_size=3, customdata=rows[["image"]], offsetgroup=name,
+        )  # fmt: skip
+    green = add_noise_line(figure, dimension, residuals.n.max())
+    figure.update_layout(boxmode="group")
+    figure.update_yaxes(residual_axis(residuals.residual.min(), max(green, residuals.residual.max())))
+    figure.update_xaxes(dtick=1)
+    layout(figure, "step n", "residual ‖δⁿ‖₂")
+    table = residuals.groupby(["n", "member"]).residual.describe()[["count", "25%", "50%", "75%"]].reset_index()
+    return Chart(figure, residual_sentence(residuals), table)
+
+
+def residual_axis(low: float, high: float) -> dict:
+    """A log axis from a third of a decade below the least to above the largest, in steps, so that it stays put."""
+    low, high = math.log10(max(low, 1e-6)), math.log10(high)
+    ticks = [digit * 10.0**power for power in range(math.floor(low) - 1, math.ceil(high) + 1) for digit in (1, 2, 5)]
+    return {
+        "type": "log",
+        "range": [math.floor(3 * low) / 3, math.ceil(6 * high) / 6 + 0.05],
+        "tickvals": ticks,
+        "ticktext": [f"{tick:g}" for tick in ticks],
+    }
+
+
+def add_noise_line(figure: go.Figure, dimension: int, steps: int) -> float:
+    """The distance of two draws from N(0, I) in so many dimensions, about sqrt(2 d), as the paper's green line."""
+    green = math.sqrt(2 * dimension)
+    figure.add_scatter(
+        x=[0.5, steps + 0.5], y=[green, green], mode="lines", line={"color": NOISE, "dash": "dashdot", "width": 2},
+        name=f"two random noises, √(2d) = {green:.2f}",
+    )  # fmt: skip
+    return green
+
+
+def residual_sentence(residuals: pd.DataFrame) -> str:
+    medians = residuals.groupby(["n", "member"]).residual.median().unstack()
+    parts = [
+        f"n = {n}: {row.get(True, math.nan):.2f} and {row.get(False, math.nan):.2f}" for n, row in medians.iterrows()
+    ]
+    shown = [*parts[:3], *([parts[-1]] if len(parts) > 3 else [])]
+    return "Median residual of members and non-members at " + "; ".join(shown) + "."
+
+
+def roc_curves(curves: Mapping[tuple[str, int], tuple[Roc, float]], scales: Sequence[str] = ("linear",)) -> Chart:
+    """ROC curves, dotted without OMS and solid with, one colour per attack (Fig. D.1, D.2).
+
+    Args:
+        curves: the curve and its AUC, by attack and n.
+        scales: a panel for each, linear or log; log axes begin at 0.001.
+    """
+    figure = make_subplots(1, len(scales), horizontal_spacing=0.08)
+    for place, scale in enumerate(scales, start=1):
+        log = scale == "log"
+        chance = np.geomspace(LEAST_RATE, 1, 50) if log else [0, 1]
+        figure.add_scatter(
+            x=chance, y=chance, mode="lines", line={"color": "#BBBBBB", "width": 1}, name="chance",
+            showlegend=place == 1, row=1, col=place,
+        )  # fmt: skip
+        for (attack, n), (curve, auc) in curves.items():
+            fpr, tpr = (np.maximum(rate, LEAST_RATE) if log else rate for rate in corners(curve))
+            figure.add_scatter(
+                x=fpr, y=tpr, mode="lines", name=f"{label_of(attack, n)} ({100 * auc:.1f})",
+                line={"color": colour_of(attack), "dash": DASH.get(n, "longdash"), "width": 2},
+                legendgroup=f"{attack} {n}", showlegend=place == 1, row=1, col=place,
+            )  # fmt: skip
+        axis = {"type": "log", "range": [math.log10(LEAST_RATE), 0.02], "dtick": 1} if log else {"range": [-0.01, 1.01]}
+        figure.update_xaxes(axis, col=place)
+        figure.update_yaxes(axis, col=place)
+    layout(figure, "false alarms (FPR)", "members caught (TPR)", height=440)
+    figure.update_layout(legend={"orientation": "v", "x": 1.02, "y": 1, "yanchor": "top"})
+    rows = [{"attack": a, "n": n, "auc": auc, "tpr at 1 % fpr": c.tpr_at(0.01)} for (a, n), (c, auc) in curves.items()]
+    alt = "AUC: " + "; ".join(f"{label_of(row['attack'], row['n'])} {100 * row['auc']:.1f} %" for row in rows) + "."
+    return Chart(figure, alt, pd.DataFrame(rows))
+
+
+def corners(curve: Roc) -> tuple[np.ndarray, np.ndarray]:
+    """The points of a curve where it turns; the others lie between them."""
+    rises, runs = np.diff(curve.tpr, append=2), np.diff(curve.fpr, append=2)
+    before = np.arctan2(np.diff(curve.tpr, prepend=-1), np.diff(curve.fpr, prepend=-1))
+    turns = ~np.isclose(before, np.arctan2(rises, runs))
+    return curve.fpr[turns], curve.tpr[turns]
+
+
+def histograms(scores: pd.DataFrame, threshold: Mapping[int, float], bins: int = 50) -> Chart:
+    """Scores of members and non-members without and with OMS, with the threshold of each (Fig. F.1a)."""
+    steps = sorted(scores.n.unique())
+    attack = scores.attack.iloc[0]
+    figure = make_subplots(1, len(steps), subplot_titles=[label_of(attack, n) for n in steps], horizontal_spacing=0.06)
+    for place, n in enumerate(steps, start=1):
+        group = scores[scores.n == n]
+        low, high = np.quantile(group.score, [0.002, 1])
+        for member, name, colour, _, _ in GROUPS:
+            figure.add_histogram(
+                x=group.score[group.member == member].clip(low), name=name, marker_color=colour, opacity=0.6,
+                xbins={"start": low, "end": high, "size": (high - low) / bins}, histnorm="probability",
+                marker_pattern_shape="" if member else "/", legendgroup=name, showlegend=place == 1, row=1, col=place,
+            )  # fmt: skip
+        figure.add_vline(threshold[n], line_dash="dash", line_color="#555555", row=1, col=place)
+    figure.update_layout(barmode="overlay")
+    layout(figure, "score (larger = more likely a member)", "")
+    figure.update_layout(margin_t=80, legend_y=1.12)
+    figure.update_yaxes(title_text="share of the group", col=1)
+    table = scores.groupby(["n", "member"]).score.describe()[["count", "mean", "std", "50%"]].reset_index()
+    shares = [f"{label_of(attack, n)} {100 * caught(scores[scores.n == n], threshold[n]):.1f} %" for n in steps]
+    return Chart(figure, "Members beyond the threshold: " + "; ".join(shares) + ".", table)
+
+
+def caught(scores: pd.DataFrame, threshold: float) -> float:
+    """The share of members whose score reaches the threshold."""
+    return float((scores.score[scores.member] >= threshold).mean())
+
+
+def changed_labels(changes: pd.DataFrame) -> Chart:
+    """How many members of each label OMS corrects, and how many it newly breaks (Fig. F.1b, and its other side).
+
+    Args:
+        changes: image, member, label, before, after; see `oms_core.metrics.corrected`.
+    """
+    members = changes[changes.member]
+    fixed = members[~members.before & members.after].groupby("label").size()
+    broken = members[members.before & ~members.after].groupby("label").size()
+    table = pd.DataFrame({"corrected": fixed, "newly wrong": broken}).reindex(sorted(changes.label.unique()))
+    table = table.fillna(0).astype(int).rename_axis("label").reset_index()
+    figure = go.Figure()
+    figure.add_bar(x=table.label, y=table.corrected, name="corrected by OMS", marker_color=MEMBER)
+    figure.add_bar(
+        x=table.label, y=-table["newly wrong"], name="newly wrong", marker_color=NONMEMBER, marker_pattern_shape="/"
+    )
+    figure.update_layout(barmode="relative")
+    figure.update_xaxes(type="category")
+    layout(figure, "label", "members")
+    alt = f"OMS corrects {table.corrected.sum()} members and newly misses {table['newly wrong'].sum()}."
+    return Chart(figure, alt, table)
+
+
+def auc_by_pair(table: pd.DataFrame) -> Chart:
+    """AUC of each distance d(i, j), by attack (Fig. 3).
+
+    Args:
+        table: attack, pair, auc, auc_lo, auc_hi.
+    """
+    figure = go.Figure()
+    for attack, rows in table.groupby("attack", sort=False):
+        figure.add_bar(
+            x=rows.pair, y=100 * rows.auc, name=attack, marker_color=colour_of(attack),
+            error_y={"type": "data", "symmetric": False, "array": 100 * (rows.auc_hi - rows.auc),
+                     "arrayminus": 100 * (rows.auc - rows.auc_lo)},
+        )  # fmt: skip
+    figure.add_hline(50, line_color="#BBBBBB")
+    figure.update_layout(barmode="group")
+    figure.update_yaxes(range=[min(40, 100 * table.auc_lo.min() - 2), 100])
+    layout(figure, "distance between iterates", "AUC (%)")
+    best = table.loc[table.groupby("attack", sort=False).auc.idxmax()]
+    alt = "The best distance: " + "; ".join(f"{r.attack} {r.pair} {100 * r.auc:.1f} %" for r in best.itertuples()) + "."
+    return Chart(figure, alt, table)
+
+
+def path(
+    cohort: pd.DataFrame, own: Sequence[tuple[str, bool | None, Sequence[float]]], n: int, dimension: int
+) -> Chart:
+    """Residual paths of single pictures up to step n, over the bands of both cohorts.
+
+    Args:
+        cohort: image, member, n, residual of many pictures.
+        own: a name, whether it is a member (None hides it), and the residuals at n = 1, 2, ... of each picture.
+        n: how far the search has gone.
+        dimension: how many numbers a picture has.
+    """
+    figure = go.Figure()
+    low_high = cohort.groupby(["member", "n"]).residual.quantile(BAND).unstack()
+    for member, name, colour, _, dash in GROUPS:
+        if member in low_high.index.get_level_values("member"):
+            add_band(figure, low_high.loc[member], f"8 of 10 {name}", colour, dash)
+    for place, (name, member, values) in enumerate(own):
+        colour, symbol, dash = {True: (MEMBER, "circle", "solid"), False: (NONMEMBER, "diamond", "dash")}.get(
+            member, (("#333333", "#8A5A00")[place % 2], ("square", "x")[place % 2], ("solid", "dash")[place % 2])
+        )
+        figure.add_scatter(
+            x=list(range(1, n + 1)), y=list(values[:n]), name=name, mode="lines+markers",
+            line={"color": colour, "dash": dash, "width": 3}, marker={"symbol": symbol, "size": 11},
+        )  # fmt: skip
+    steps = max(len(values) for *_, values in own)
+    green = add_noise_line(figure, dimension, steps)
+    everything = [green, *low_high.to_numpy().ravel(), *(value for *_, values in own for value in values)]
+    figure.update_yaxes(residual_axis(min(everything), max(everything)))
+    figure.update_xaxes(range=[0.7, steps + 0.3], dtick=1)
+    layout(figure, "step n", "residual ‖δⁿ‖₂", height=420)
+    table = pd.DataFrame({name: list(values[:n]) for name, _, values in own}, index=range(1, n + 1)).rename_axis("n")
+    said = "; ".join(f"{name} {values[n - 1]:.2f}" for name, _, values in own) if n else "press Step to begin"
+    return Chart(figure, f"Residual at step n = {n}: {said}.", table.reset_index())
+
+
+def add_band(figure: go.Figure, band: pd.DataFrame, name: str, colour: str, dash: str) -> None:
+    """The range between two quantiles, (n, 2), as a filled band."""
+    low, high = band.columns
+    figure.add_scatter(
+        x=band.index,
+        y=band[low],
+        mode="lines",
+        line={"color": colour, "width": 1, "dash": dash},
+        showlegend=False,
+    )
+    figure.add_scatter(
+        x=band.index, y=band[high], mode="lines", line={"color": colour, "width": 1, "dash": dash}, name=name,
+        fill="tonexty", fillcolor=f"rgba({', '.join(str(int(colour[k:k + 2], 16)) for k in (1, 3, 5))}, 0.15)",
+    )  # fmt: skip

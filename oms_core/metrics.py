@@ -1,0 +1,239 @@
+"""What an attack achieves: exact ROC, AUC, TPR at a low FPR, ASR, each with an interval over pictures.
+
+Scores point one way everywhere: larger = more likely a member. Rates are fractions from 0 to 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from oms_core.errors import InputError
+
+FPR_BOUNDS = {"tpr5": 0.05, "tpr1": 0.01, "tpr01": 0.001}
+COLUMNS = ["image", "member", "attack", "t", "n", "score"]
+DRAWS = 1000  # of the bootstrap
+ELEMENTS = 2_000_000  # draws x pictures held at once
+LEVEL = 0.95
+FEW = 10  # pictures of a kind below which a rate says little
+ASR_DRAWS, ASR_SHARE = 10, 0.1  # App. E, "The threshold tau"
+
+
+def check_scores(table: pd.DataFrame) -> pd.DataFrame:
+    """The one validator of a score table: its columns in order, rows with finite scores only.
+
+    Raises:
+        InputError: a column is missing.
+    """
+    missing = [name for name in COLUMNS if name not in table]
+    if missing:
+        raise InputError(f"The score table has no column {missing[0]!r}; it needs {', '.join(COLUMNS)}.")
+    return table[np.isfinite(table.score)]
+
+
+@dataclass(frozen=True)
+class Roc:
+    """An exact ROC curve: every threshold of the sorted scores.
+
+    Attributes:
+        fpr, tpr: rates, both rising, (K,).
+        thresholds: falling; a picture is called a member if its score is at least this.
+    """
+
+    fpr: np.ndarray
+    tpr: np.ndarray
+    thresholds: np.ndarray
+
+    def tpr_at(self, bound: float) -> float:
+        """The largest TPR whose FPR does not exceed the bound."""
+        return float(self.tpr[self.fpr <= bound].max())
+
+    def threshold_at(self, bound: float) -> float:
+        """The lowest threshold whose FPR does not exceed the bound."""
+        return float(self.thresholds[self.fpr <= bound].min())
+
+
+def roc(scores: np.ndarray, member: np.ndarray) -> Roc:
+    """The ROC curve of scores (N,) against membership (N,) bool.
+
+    Raises:
+        InputError: one of the two groups is empty.
+    """
+    from sklearn.metrics import roc_curve
+
+    need_both(member)
+    return Roc(*roc_curve(member, scores, drop_intermediate=False))
+
+
+def need_both(member: np.ndarray) -> None:
+    """An ROC needs members and non-members."""
+    for group, count in (("members", member.sum()), ("non-members", (~member).sum())):
+        if not count:
+            raise InputError(f"The set holds no {group}; AUC and error rates need both groups.")
+
+
+def auc(scores: np.ndarray, member: np.ndarray) -> float:
+    """Area under the ROC curve."""
+    from sklearn.metrics import roc_auc_score
+
+    need_both(member)
+    return float(roc_auc_score(member, scores))
+
+
+def asr(scores: np.ndarray, member: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """Attack success rate as in App. E: the best threshold of a random 10 %, applied to the other 90 %.
+
+    Success is the mean of the rates of right answers among members and among non-members, which is the
+    accuracy where the groups are equally large, as in the paper.
+
+    Returns:
+        Mean and standard deviation over ten draws.
+    """
+    rng = np.random.default_rng(seed)
+    rates = []
+    for _ in range(ASR_DRAWS):
+        chosen = np.zeros(len(scores), bool)
+        for group in (np.flatnonzero(member), np.flatnonzero(~member)):
+            chosen[rng.choice(group, max(1, round(ASR_SHARE * len(group))), replace=False)] = True
+        curve = roc(scores[chosen], member[chosen])
+        called = scores >= curve.thresholds[np.argmax(curve.tpr - curve.fpr)]
+        right = (called == member)[~chosen]
+        rates.append((right[member[~chosen]].mean() + right[~member[~chosen]].mean()) / 2)
+    return float(np.mean(rates)), float(np.std(rates, ddof=1))
+
+
+def resampled(scores: dict[int, np.ndarray], member: np.ndarray, seed: int = 0) -> dict[int, dict[str, np.ndarray]]:
+    """Bootstrap over pictures, members and non-members apart; every column sees the same resampled pictures.
+
+    Args:
+        scores: columns of (N,), by n.
+        member: (N,) bool.
+        seed: of the resampling.
+
+    Returns:
+        For each column `auc` and the TPR at each of `FPR_BOUNDS`, arrays of (draws,).
+    """
+    rng = np.random.default_rng(seed)
+    at_once = max(1, ELEMENTS // len(member))
+    figures: dict[int, list[dict[str, np.ndarray]]] = {n: [] for n in scores}
+    for start in range(0, DRAWS, at_once):
+        weights = draw(rng, member, min(at_once, DRAWS - start))
+        for n, column in scores.items():
+            figures[n].append(weighted_figures(column, member, weights))
+    return {n: {name: np.concatenate([f[name] for f in parts]) for name in parts[0]} for n, parts in figures.items()}
+
+
+def draw(rng: np.random.Generator, member: np.ndarray, draws: int) -> np.ndarray:
+    """How often each picture is taken in each resampling, (draws, N)."""
+    weights = np.zeros((draws, len(member)), np.float32)
+    for group in (np.flatnonzero(member), np.flatnonzero(~member)):
+        weights[:, group] = rng.multinomial(len(group), np.full(len(group), 1 / len(group)), draws)
+    return weights
+
+
+def weighted_figures(scores: np.ndarray, member: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """AUC and TPRs under each row of weights (draws, N); equal to scikit-learn's with `sample_weight`."""
+    order = np.argsort(-scores, kind="stable")
+    last_of_ties = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)
+    weights = weights[:, order]
+    fpr, tpr = (
+        np.pad(np.cumsum(weights * group[order], axis=1)[:, last_of_ties] / group.sum(), ((0, 0), (1, 0)))
+        for group in (~member, member)
+    )
+    at = {name: np.where(fpr <= bound, tpr, 0).max(axis=1) for name, bound in FPR_BOUNDS.items()}
+    return {"auc": np.trapezoid(tpr, fpr, axis=1)} | at
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """The central 95 % of resampled values."""
+    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def evaluate(table: pd.DataFrame, calls: dict[tuple[str, int], int]) -> list[dict[str, Any]]:
+    """A row of figures for every attack and n of a score table.
+
+    Args:
+        table: a score table.
+        calls: model calls per picture, by attack and n.
+
+    Returns:
+        Rows with `attack, t, n, calls, auc, auc_lo, auc_hi, asr, asr_sd`, `tpr5, tpr1, tpr01` with their
+        intervals (None where there are fewer than 1 / FPR non-members), and `gain, gain_lo, gain_hi`, the AUC
+        less that of n = 1 on the same resampled pictures (None for n = 1), and a `note` where the figures say little.
+
+    Raises:
+        InputError: members or non-members are missing.
+    """
+    rows = []
+    for (attack, t), group in check_scores(table).groupby(["attack", "t"], sort=False):
+        wide = group.pivot(index="image", columns="n", values="score").dropna()
+        member = group.drop_duplicates("image").set_index("image").member.loc[wide.index].to_numpy()
+        need_both(member)
+        columns = {int(n): wide[n].to_numpy() for n in wide}
+        draws = resampled(columns, member)
+        base = auc(columns[1], member)
+        for n, scores in columns.items():
+            row = {"attack": attack, "t": int(t), "n": n, "calls": calls[attack, n]}
+            row |= rates(scores, member, draws[n])
+            row |= gain(row["auc"] - base, draws[n]["auc"] - draws[1]["auc"]) if n > 1 else NO_GAIN
+            rows.append(row | {"note": note(scores, member)})
+    return rows
+
+
+NO_GAIN = {"gain": None, "gain_lo": None, "gain_hi": None}
+
+
+def note(scores: np.ndarray, member: np.ndarray) -> str:
+    """What a reader must know before believing a row."""
+    if np.ptp(scores) == 0:
+        return "all scores are equal"
+    fewest = min(member.sum(), (~member).sum())
+    return f"only {fewest} pictures of a kind: too few" if fewest < FEW else ""
+
+
+def rates(scores: np.ndarray, member: np.ndarray, draws: dict[str, np.ndarray]) -> dict[str, float | None]:
+    """AUC, ASR and the TPRs of one column of scores, with intervals."""
+    curve = roc(scores, member)
+    mean, spread = asr(scores, member)
+    row = {"auc": auc(scores, member), "asr": mean, "asr_sd": spread}
+    row |= {name: curve.tpr_at(bound) for name, bound in FPR_BOUNDS.items()}
+    for name in ("auc", *FPR_BOUNDS):
+        row[f"{name}_lo"], row[f"{name}_hi"] = interval(draws[name])
+    for name, bound in FPR_BOUNDS.items():
+        if not measurable(bound, member):
+            row |= {name: None, f"{name}_lo": None, f"{name}_hi": None}
+    return row
+
+
+def measurable(bound: float, member: np.ndarray) -> bool:
+    """Whether there are enough non-members, 1 / FPR, to see so low a rate."""
+    return (~member).sum() >= round(1 / bound)
+
+
+def gain(difference: float, draws: np.ndarray) -> dict[str, float]:
+    """A paired difference with its interval."""
+    low, high = interval(draws)
+    return {"gain": difference, "gain_lo": low, "gain_hi": high}
+
+
+def corrected(scores: pd.DataFrame, bound: float) -> pd.DataFrame:
+    """Which pictures One More Step puts right and which it newly gets wrong, both at the same false-alarm rate.
+
+    Args:
+        scores: rows of one attack with n = 1 and n = 2.
+        bound: the false-alarm rate that sets a threshold for each n.
+
+    Returns:
+        A row per picture: `image`, `member`, `before` and `after` (right or wrong, bool), Figure F.1b.
+    """
+    wide = scores.pivot(index=["image", "member"], columns="n", values="score").dropna().reset_index()
+    member = wide.member.to_numpy()
+    right = {}
+    for n in (1, 2):
+        values = wide[n].to_numpy()
+        right[n] = (values >= roc(values, member).threshold_at(bound)) == member
+    return pd.DataFrame({"image": wide.image, "member": member, "before": right[1], "after": right[2]})
