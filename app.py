@@ -1,0 +1,101 @@
+"""OMS Explorer: the start page. Run it with ``make app`` or ``streamlit run app.py``."""
+
+import sys
+
+import streamlit as st
+
+from oms_core import cache, catalog, figures
+from oms_core.exhibits import dimension
+from oms_core.run import lookup, lookup_trace, plan, residuals
+from pages.common.context import Context
+from pages.common.shell import begin, guarded, show
+
+CARDS = (
+    (
+        "Step the search",
+        "pages/1_Step_the_search.py",
+        ":material/directions_walk:",
+        "Two pictures, one of them from the training set. Step the search for their noise and see which one settles.",
+        {"model": "ddpm-digits"},
+    ),
+    (
+        "Do members settle faster?",
+        "pages/2_Convergence.py",
+        ":material/trending_down:",
+        "Residuals of 1,600 handwritten digits, step by step: boxes, outliers, and the picture behind each point.",
+        {"model": "ddpm-digits"},
+    ),
+    (
+        "Flip One More Step",
+        "pages/3_Attacks.py",
+        ":material/troubleshoot:",
+        "Four published attacks with and without one more model call: ROC curves, caught members, paired intervals.",
+        {"model": "ddpm-digits", "fpr": "0.01"},
+    ),
+    (
+        "The same on clothes",
+        "pages/3_Attacks.py",
+        ":material/apparel:",
+        "Fashion pictures at 28 x 28. One More Step helps the naive attack, and here it can also hurt.",
+        {"model": "ddpm-fashion"},
+    ),
+)
+
+
+def cards() -> None:
+    """Ready scenes, one click each."""
+    for column, (title, page, icon, words, params) in zip(st.columns(len(CARDS)), CARDS, strict=True):
+        with column.container(border=True, height="stretch"):
+            st.markdown(f"#### {title}")
+            st.write(words)
+            st.page_link(page, label="Open", icon=icon, query_params=params)
+
+
+def pair(context: Context) -> None:
+    """A member and a non-member, ten steps each, over the bands of all pictures."""
+    run = Context(model=context.model).run(steps=10)
+    planned = plan(run)
+    known = lookup(planned)
+    table = planned.images.table
+    own = []
+    for role, name in (("member", "a member"), ("nonmember", "a non-member")):
+        found = lookup_trace(planned, table[table.role == role].image.iloc[0])
+        if found is None or not known:
+            st.info("This model has no precomputed scene. Open a page above and press Run.")
+            return
+        own.append((name, role == "member", found.residuals()))
+    show(figures.path(residuals(planned, known["NA"]), own, 10, dimension(planned)), "path")
+
+
+def system_check() -> None:
+    """Is it working: device, models, cache."""
+    with st.expander("System check"):
+        torch = sys.modules.get("torch")
+        device = "not loaded yet; nothing on this page needs it" if torch is None else device_sentence()
+        st.markdown(
+            f"- Device: {device}\n- Models: {', '.join(catalog.built_in())}\n"
+            f"- Results are kept in `{cache.home().name}`, and found again by content"
+        )
+
+
+def device_sentence() -> str:
+    from oms_core.device import place
+
+    placement = place()
+    return f"{placement.device}, {placement.dtype}"
+
+
+def main() -> None:
+    context = begin("OMS Explorer", "Was this picture in the training set of that diffusion model?")
+    st.markdown(
+        "A diffusion model learns to name the noise in a picture. Ask it once, and the answer is a little better for "
+        "pictures it was trained on: that is every published attack. Feed the answer back and ask again, "
+        r"$\epsilon^n = f(\epsilon^{n-1})$, and the difference grows: that is **One More Step**."
+    )
+    with guarded():
+        cards()
+        pair(context)
+        system_check()
+
+
+main()

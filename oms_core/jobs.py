@@ -1,0 +1,199 @@
+"""Long work for many viewers: one worker owns the device, equal work is done once.
+
+The worker lives in this module, not in a page's cache that any visitor can clear. A job is known by its key;
+who asks for a job that is under way joins it. A job that nobody has looked at for a while stops, and what it
+finished is kept on disk. Short questions pass between the batches of a long job.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import uuid
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+import pandas as pd
+
+from oms_core.compute import Progress, Tick
+from oms_core.errors import InputError
+
+log = logging.getLogger(__name__)
+WAITING = 64  # jobs in the queue
+REMEMBERED = 64  # jobs that are over
+PATIENCE = 15.0  # seconds a job goes on without a viewer
+LIVE = ("queued", "running")
+
+
+class Stopped(Exception):
+    """Raised inside a job that was cancelled or left alone."""
+
+
+class Job:
+    """One piece of long work.
+
+    Attributes:
+        state: queued, running, done, cancelled or failed.
+        done, total: pictures.
+        signals: distances by attack, growing while batches come in.
+        error: one sentence, if it failed.
+    """
+
+    def __init__(self, key: str, work: Callable[[Tick], Any]) -> None:
+        self.key, self.work = key, work
+        self.state, self.error = "queued", ""
+        self.done, self.total = 0, 0
+        self.signals: dict[str, list[pd.DataFrame]] = {}
+        self.started = self.ended = time.monotonic()
+        self.cancelled = False
+        self.touch()
+
+    def touch(self) -> None:
+        """Say that somebody still looks."""
+        self.touched = time.monotonic()
+
+    def cancel(self) -> None:
+        """Stop within a batch; what is finished is kept."""
+        self.cancelled = True
+
+    @property
+    def live(self) -> bool:
+        return self.state in LIVE
+
+    @property
+    def abandoned(self) -> bool:
+        return self.cancelled or time.monotonic() - self.touched > PATIENCE
+
+    @property
+    def rate(self) -> float:
+        """Pictures per second so far."""
+        return self.done / max(1e-9, (self.ended if not self.live else time.monotonic()) - self.started)
+
+    def so_far(self, attack: str) -> pd.DataFrame | None:
+        """The distances of an attack that have come in."""
+        parts = list(self.signals.get(attack, []))
+        return pd.concat(parts, ignore_index=True) if parts else None
+
+
+class Service:
+    """The queue and its one worker."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.jobs: OrderedDict[str, Job] = OrderedDict()
+        self.queue: deque[Job] = deque()
+        self.questions: deque[tuple[Callable[[], Any], Future]] = deque()
+        self.worker: threading.Thread | None = None
+
+    def submit(self, key: str, work: Callable[[Tick], Any]) -> Job:
+        """Start a job, or join the one with this key that is under way or done.
+
+        Args:
+            key: equal keys mean equal work.
+            work: called with a tick that it must call after each batch.
+
+        Raises:
+            InputError: too many jobs are waiting.
+        """
+        with self.changed:
+            job = self.jobs.get(key)
+            if job is None or job.state in ("cancelled", "failed"):
+                if len(self.queue) >= WAITING:
+                    raise InputError(f"{WAITING} runs are waiting; try again when some have finished.")
+                job = Job(key, work)
+                self.jobs[key] = job
+                self.queue.append(job)
+                self._forget()
+                self._wake()
+            job.touch()
+            return job
+
+    def ask(self, work: Callable[[], Any]) -> Any:
+        """Run something short on the worker's thread, between two batches of a long job, and wait for it."""
+        answer: Future = Future()
+        with self.changed:
+            self.questions.append((work, answer))
+            self._wake()
+        return answer.result()
+
+    def find(self, key: str) -> Job | None:
+        """The job with this key, if it is remembered."""
+        return self.jobs.get(key)
+
+    def position(self, job: Job) -> int:
+        """How many jobs go before a queued one."""
+        with self.changed:
+            return list(self.queue).index(job) if job in self.queue else 0
+
+    def _wake(self) -> None:
+        if self.worker is None or not self.worker.is_alive():
+            self.worker = threading.Thread(target=self._work, name="device", daemon=True)
+            self.worker.start()
+        self.changed.notify_all()
+
+    def _forget(self) -> None:
+        over = [key for key, job in self.jobs.items() if not job.live]
+        for key in over[: max(0, len(over) - REMEMBERED)]:
+            del self.jobs[key]
+
+    def _work(self) -> None:
+        while True:
+            with self.changed:
+                while not self.queue and not self.questions:
+                    self.changed.wait()
+            self._answer()
+            with self.changed:
+                job = self.queue.popleft() if self.queue else None
+            if job is not None:
+                self._run(job)
+
+    def _answer(self) -> None:
+        """Answer every short question that waits."""
+        while True:
+            with self.changed:
+                if not self.questions:
+                    return
+                work, answer = self.questions.popleft()
+            try:
+                answer.set_result(work())
+            except BaseException as error:
+                answer.set_exception(error)
+
+    def _run(self, job: Job) -> None:
+        job.state, job.started = "running", time.monotonic()
+
+        def tick(progress: Progress) -> None:
+            job.done, job.total = progress.done, progress.total
+            for attack, rows in progress.signals.items():
+                job.signals.setdefault(attack, []).append(rows)
+            self._answer()
+            if job.abandoned:
+                raise Stopped
+
+        try:
+            if job.abandoned:
+                raise Stopped
+            job.work(tick)
+            outcome, error = "done", ""
+        except Stopped:
+            outcome, error = "cancelled", ""
+        except InputError as problem:
+            outcome, error = "failed", str(problem)
+        except Exception as problem:
+            outcome, error = "failed", explain(problem)
+        job.ended, job.error, job.state = time.monotonic(), error, outcome
+
+
+def explain(problem: Exception) -> str:
+    """One sentence for a visitor; the details go to the log under the same number."""
+    if type(problem).__name__ == "OutOfMemoryError":
+        return "The device ran out of memory; choose a smaller batch size and run again."
+    number = uuid.uuid4().hex[:8]
+    log.exception("Job failed [%s]", number, exc_info=problem)
+    return f"Something went wrong that should not; the server's log has the details under {number}."
+
+
+SERVICE = Service()

@@ -1,0 +1,149 @@
+"""Convergence: residuals of many pictures, members against non-members."""
+
+import altair as alt
+import pandas as pd
+import streamlit as st
+
+from oms_core import figures, metrics
+from oms_core.attacks import ATTACKS
+from oms_core.exhibits import dimension
+from oms_core.run import Plan, residuals
+from pages.common.context import Context, control, update
+from pages.common.shell import begin, guarded, show, signals, thumbnail
+
+STEPS = 10
+SIZES = [100, 300, 1000, None]
+TIMESTEPS = [None, 20, 50, 100, 150, 200, 250, 300, 350, 400]
+
+
+def controls() -> None:
+    """What to compute."""
+    left, middle, right = st.columns(3)
+    with left:
+        control(st.selectbox, "Search", "attack", options=list(ATTACKS), format_func=lambda name: ATTACKS[name].title)
+    with middle:
+        control(
+            st.select_slider, "Timestep t", "t", options=TIMESTEPS,
+            format_func=lambda t: "as on the model's card" if t is None else str(t),
+        )  # fmt: skip
+    with right:
+        control(
+            st.select_slider, "Pictures", "limit", options=SIZES,
+            format_func=lambda size: "all" if size is None else str(size),
+            help="Half of them members.",
+        )  # fmt: skip
+
+
+def verdict(rows: pd.DataFrame, context: Context, complete: bool) -> None:
+    """Do members settle faster? With numbers."""
+    medians = rows.groupby(["n", "member"]).residual.median().unstack()
+    if not {True, False} <= set(medians):
+        return
+    smaller = medians.index[medians[True] < medians[False]].tolist()
+    aucs = {n: auc_of(group) for n, group in rows.groupby("n")}
+    best = max(aucs, key=aucs.get)
+    decay = {group: medians[group].iloc[-1] / medians[group].iloc[0] for group in (True, False)}
+    sentence = (
+        f"{answer(smaller, len(medians))}: the median residual of members is "
+        f"{medians[True][1]:.2f} against {medians[False][1]:.2f} at n = 1 and {medians[True].iloc[-1]:.2f} against "
+        f"{medians[False].iloc[-1]:.2f} at n = {medians.index[-1]}. It separates the groups best at n = {best} "
+        f"(AUC {100 * aucs[best]:.1f} %, {100 * aucs[1]:.1f} % at n = 1)."
+    )
+    ratio = (
+        f" From first to last step it falls to {100 * decay[True]:.0f} % for members and {100 * decay[False]:.0f} % "
+        f"for non-members."
+    )
+    (st.success if 1 in smaller and 2 in smaller else st.warning)(("" if complete else "So far: ") + sentence + ratio)
+
+
+def answer(smaller: list[int], steps: int) -> str:
+    """At which steps members are ahead."""
+    if len(smaller) == steps:
+        return "Yes, at every step"
+    if smaller == [*range(1, len(smaller) + 1)]:
+        return f"Yes, up to n = {len(smaller)}" if smaller else "No, at no step"
+    return f"Only at n = {', '.join(map(str, smaller))}"
+
+
+def auc_of(group: pd.DataFrame) -> float:
+    return metrics.auc(-group.residual.to_numpy(), group.member.to_numpy(dtype=bool))
+
+
+def scatter(rows: pd.DataFrame, planned: Plan) -> None:
+    """The first residual against the second; a click opens the picture."""
+    wide = rows[rows.n <= 2].pivot(index=["image", "member"], columns="n", values="residual").reset_index()
+    wide = wide.rename(columns={1: "first", 2: "second"}).assign(
+        group=wide.member.map({True: "members", False: "non-members"})
+    )
+    chosen = alt.selection_point(name="picked", fields=["image"], on="click")
+    colours = alt.Scale(domain=["members", "non-members"], range=[figures.MEMBER, figures.NONMEMBER])
+    shapes = alt.Scale(domain=["members", "non-members"], range=["circle", "diamond"])
+    chart = (
+        alt.Chart(wide)
+        .mark_point(filled=True)
+        .encode(
+            x=alt.X("first:Q", title="first residual ‖δ¹‖", scale=alt.Scale(zero=False)),
+            y=alt.Y("second:Q", title="second residual ‖δ²‖", scale=alt.Scale(zero=False)),
+            color=alt.Color("group:N", scale=colours, title=None),
+            shape=alt.Shape("group:N", scale=shapes, title=None),
+            opacity=alt.condition(chosen, alt.value(0.7), alt.value(0.25)),
+            size=alt.condition(chosen, alt.value(45), alt.value(25)),
+        )
+        .add_params(chosen)
+        .properties(height=400)
+        .configure_legend(orient="top")
+    )
+    spoken = f"First against second residual of {len(wide)} pictures; the table is under the boxes."
+    st.altair_chart(chart, key="scatter", on_select=keep_pick, alt=spoken)
+
+
+def keep_pick() -> None:
+    """Remember which picture was clicked, for every page."""
+    points = st.session_state["scatter"]["selection"].get("picked", [])
+    if points:
+        st.session_state["pick"] = points[0]["image"]
+
+
+def picked(rows: pd.DataFrame, planned: Plan) -> None:
+    """The clicked picture, what it is, and its path."""
+    image = st.session_state.get("pick")
+    found = planned.images.table[planned.images.table.image == image]
+    if found.empty:
+        st.caption("Click a point to see its picture; the outliers are worth a look.")
+        return
+    row = found.iloc[0]
+    kind = "member" if row.role == "member" else "non-member"
+    path = rows[rows.image == image].sort_values("n").residual
+    left, right = st.columns([1, 2], vertical_alignment="center")
+    left.image(thumbnail(planned.images.name, found.index[0], image), width="stretch", alt=f"{row.file}, a {kind}")
+    right.markdown(
+        f"**{row.file}**, a {kind}; label {row.label}. Residuals: {', '.join(f'{v:.2f}' for v in path[:5])} ..."
+    )
+    other = planned.images.table[planned.images.table.role != row.role].image.iloc[0]
+    right.button(
+        "Step its search", on_click=update, kwargs={"first": image[:12], "second": other[:12], "step": 0}, key="to step"
+    )
+    right.page_link("pages/1_Step_the_search.py", label="then open Step the search", icon=":material/directions_walk:")
+
+
+def main() -> None:
+    context = begin(
+        "Convergence", "Do the residuals of members settle faster than those of pictures the model never saw?"
+    )
+    with guarded():
+        controls()
+        planned, known, complete = signals(context.run(steps=STEPS), "Comparing all pictures")
+        if context.attack not in known:
+            st.caption("The boxes appear here, and grow while batches come in.")
+            return
+        rows = residuals(planned, known[context.attack])
+        verdict(rows, context, complete)
+        left, right = st.columns(2, gap="large")
+        with left:
+            show(figures.residual_boxes(rows, dimension(planned)), "boxes")
+        with right:
+            scatter(rows, planned)
+            picked(rows, planned)
+
+
+main()

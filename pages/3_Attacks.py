@@ -1,0 +1,157 @@
+"""Attacks: what an auditor can claim, without and with One More Step."""
+
+from dataclasses import replace
+
+import pandas as pd
+import streamlit as st
+
+from oms_core import figures, metrics
+from oms_core.attacks import ATTACKS, COMPARED
+from oms_core.run import Plan, calls, scores
+from pages.common.context import RATES, Context, control, update
+from pages.common.shell import begin, guarded, show, signals
+
+STEPS = 3
+TIMESTEPS = [None, 20, 50, 100, 150, 200, 250, 300, 350, 400]
+
+
+def flip() -> None:
+    """One More Step on or off, for the address too."""
+    update(n=2 if st.session_state["oms"] else 1)
+
+
+def controls() -> None:
+    """The choices of this page."""
+    left, middle, right = st.columns(3, vertical_alignment="bottom")
+    with left:
+        control(
+            st.select_slider, "Timestep t", "t", options=TIMESTEPS,
+            format_func=lambda t: "as on the model's card" if t is None else str(t),
+        )  # fmt: skip
+    with middle:
+        control(
+            st.selectbox, "Look closely at", "attack", options=list(ATTACKS), format_func=lambda a: ATTACKS[a].title
+        )
+    with right:
+        control(
+            st.select_slider, "False alarms allowed", "fpr", options=RATES, format_func=lambda r: f"{100 * r:g} %"
+        )  # fmt: skip
+
+
+@st.cache_data(max_entries=64, show_spinner="Counting ...")
+def evaluation(keys: tuple[str, ...], steps: int, _planned: Plan, _table: pd.DataFrame) -> list[dict]:
+    """The figures of a run, kept by the keys of its tasks."""
+    return metrics.evaluate(_table, calls(_planned))
+
+
+def overview(rows: list[dict], n: int) -> pd.DataFrame:
+    """Without and with OMS side by side, a row per attack."""
+    lines = []
+    for attack in dict.fromkeys(row["attack"] for row in rows):
+        base, more = (next(r for r in rows if (r["attack"], r["n"]) == (attack, k)) for k in (1, n))
+        line = {"attack": attack, "t": base["t"], "calls": f"{base['calls']} → {more['calls']}"}
+        line |= {"AUC": 100 * base["auc"], "AUC +OMS": 100 * more["auc"], "gain": gain(more)}
+        line |= {"ASR": 100 * base["asr"], "ASR +OMS": 100 * more["asr"]}
+        for name, title in (("tpr1", "TPR@1%"), ("tpr01", "TPR@0.1%")):
+            line |= {title: percent(base[name]), f"{title} +OMS": percent(more[name])}
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def gain(row: dict) -> str:
+    if row["gain"] is None:
+        return "-"
+    return f"{100 * row['gain']:+.1f} [{100 * row['gain_lo']:+.1f}, {100 * row['gain_hi']:+.1f}]"
+
+
+def percent(value: float | None) -> float | None:
+    return None if value is None else 100 * value
+
+
+def verdict(rows: list[dict], n: int) -> None:
+    """Which attacks One More Step helps, and which it hurts, by the paired interval."""
+    sides: dict[str, list[str]] = {"helps": [], "hurts": [], "makes no difference that this set can show for": []}
+    for row in rows:
+        if row["n"] == n and row["gain"] is not None:
+            side = "helps" if row["gain_lo"] > 0 else "hurts" if row["gain_hi"] < 0 else list(sides)[2]
+            sides[side].append(f"{row['attack']} ({gain(row)})")
+    if n == 1:
+        st.info("Published attacks: one step. Switch on One More Step to see what the second residual adds.")
+        return
+    said = "; ".join(f"it {what} {', '.join(names)}" for what, names in sides.items() if names)
+    why = (
+        " Where it hurts, later residuals of members are not the smaller ones: see Convergence."
+        if sides["hurts"]
+        else ""
+    )
+    show_as = st.warning if sides["hurts"] else st.success
+    show_as(f"One More Step, gain in AUC points with its 95 % interval: {said}.{why if sides['hurts'] else ''}")
+
+
+def curves(table: pd.DataFrame, n: int) -> figures.Chart:
+    """ROC curves of every attack, dotted without OMS and solid with."""
+    found = {}
+    for (attack, k), rows in table[table.n.isin({1, n})].groupby(["attack", "n"], sort=False):
+        values, member = rows.score.to_numpy(), rows.member.to_numpy()
+        found[attack, k] = metrics.roc(values, member), metrics.auc(values, member)
+    return figures.roc_curves(found, ("linear", "log"))
+
+
+def closely(table: pd.DataFrame, planned: Plan, context: Context, n: int) -> None:
+    """One attack: its scores, who is caught, and whom OMS corrects or newly gets wrong."""
+    own = table[(table.attack == context.attack) & table.n.isin({1, max(2, n)})]
+    if not metrics.measurable(context.fpr, own[own.n == 1].member.to_numpy()):
+        st.warning(
+            f"{100 * context.fpr:g} % of the non-members is less than one picture here; allow more false alarms."
+        )
+        return
+    found = {k: metrics.roc(g.score.to_numpy(), g.member.to_numpy()) for k, g in own.groupby("n")}
+    before, after = (found[k].tpr_at(context.fpr) for k in sorted(found))
+    members = int(own[own.n == 1].member.sum())
+    st.markdown(
+        f"At {100 * context.fpr:g} % false alarms {context.attack} catches **{round(before * members)}** of {members} "
+        f"members; with One More Step **{round(after * members)}**."
+    )
+    left, right = st.columns([3, 2])
+    with left:
+        show(figures.histograms(own, {k: curve.threshold_at(context.fpr) for k, curve in found.items()}), "histograms")
+    with right:
+        changes = metrics.corrected(own[own.n <= 2], context.fpr)
+        label = planned.images.table.set_index("image").label
+        show(figures.changed_labels(changes.assign(label=label.loc[changes.image].to_numpy())), "labels")
+
+
+def main() -> None:
+    context = begin("Attacks", "What can an auditor claim, and what does One More Step add?")
+    with guarded():
+        st.session_state["oms"] = context.n > 1
+        more = st.toggle("**+ One More Step**", key="oms", on_change=flip, help="d(0, 2) instead of d(0, 1).")
+        controls()
+        names = tuple(dict.fromkeys([*COMPARED, context.attack]))
+        planned, known, complete = signals(context.run(names, STEPS), "Running every attack")
+        if not known:
+            st.caption("The table and the curves appear here.")
+            return
+        shown = replace(planned, tasks=tuple(task for task in planned.tasks if task.attack.name in known))
+        table = metrics.check_scores(scores(shown, known))
+        n = 2 if more else 1
+        if complete:
+            rows = evaluation(tuple(task.key for task in shown.tasks), STEPS, shown, table)
+            verdict(rows, n)
+            st.dataframe(overview(rows, 2), hide_index=True, column_config=number_columns())
+        else:
+            st.info(
+                f"So far: {table.image.nunique()} of {len(planned.images)} pictures. The table comes with the last one."
+            )
+        show(curves(table, n), "roc")
+        if context.attack in known:
+            closely(table, planned, context, n)
+
+
+def number_columns() -> dict:
+    """One decimal for every rate."""
+    names = ("AUC", "ASR", "TPR@1%", "TPR@0.1%")
+    return {name + more: st.column_config.NumberColumn(format="%.1f") for name in names for more in ("", " +OMS")}
+
+
+main()

@@ -1,0 +1,246 @@
+"""What every page shares: its frame, its model picker, its charts, and its view of long work."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pandas as pd
+import streamlit as st
+
+from oms_core import catalog
+from oms_core.compute import score
+from oms_core.errors import InputError
+from oms_core.figures import Chart
+from oms_core.images import ASSETS, open_images
+from oms_core.jobs import SERVICE, Job
+from oms_core.run import Plan, Run, lookup, plan
+from pages.common import context as chosen
+from pages.common.context import Context, control, current
+
+log = logging.getLogger(__name__)
+WARM_UP_AFTER = 4.0  # seconds: behind the first paint
+PAGES = (
+    ("app.py", "Start", ":material/home:"),
+    ("pages/1_Step_the_search.py", "Step the search", ":material/directions_walk:"),
+    ("pages/2_Convergence.py", "Convergence", ":material/trending_down:"),
+    ("pages/3_Attacks.py", "Attacks", ":material/troubleshoot:"),
+)
+
+
+def begin(title: str, question: str) -> Context:
+    """Open a page: its title, the question it answers, and the choice of the model."""
+    st.set_page_config(page_title=f"{title} - OMS Explorer", page_icon=str(ASSETS / "icon.svg"), layout="wide")
+    st.title(title)
+    st.markdown(f"*{question}*")
+    warm_up()
+    context = current()
+    for problem in st.session_state.get(chosen.PROBLEMS, []):
+        st.warning(problem, icon=":material/link_off:")
+    if not catalog.built_in():
+        st.error("The folder assets/models is empty; restore it by `git checkout assets`, then reload this page.")
+        st.stop()
+    with st.sidebar:
+        links()
+        pick_model(context)
+    return st.session_state[chosen.STATE]
+
+
+def links() -> None:
+    """The pages, each opened with what was chosen here."""
+    params = st.session_state[chosen.WRITTEN]
+    for page, label, icon in PAGES:
+        st.page_link(page, label=label, icon=icon, query_params=params)
+    st.divider()
+
+
+@st.cache_resource
+def warm_up() -> threading.Timer:
+    """Import the slow libraries behind the first paint, once per server."""
+    timer = threading.Timer(WARM_UP_AFTER, import_slow_libraries)
+    timer.daemon = True
+    timer.start()
+    return timer
+
+
+def import_slow_libraries() -> None:
+    import sklearn.metrics  # noqa: F401
+
+    import oms_core.families.ddpm  # noqa: F401
+
+
+def pick_model(context: Context) -> None:
+    """The model, the epoch of its weights, and what it is."""
+    base = context.model.partition("@")[0]
+    key = "picked model"
+    st.session_state[key] = base
+    st.selectbox(
+        "Model",
+        chosen.models(),
+        key=key,
+        on_change=lambda: chosen.update(model=st.session_state[key], first="", second="", step=0),
+        help="Small diffusion models that were trained for this app, and the closed-form ideal memoriser.",
+    )
+    model = catalog.describe(context.model)
+    if model.card:
+        pick_epoch(context, base)
+    st.caption(about(model))
+
+
+def pick_epoch(context: Context, base: str) -> None:
+    """The training epoch after which the weights were kept."""
+    default = catalog.built_in()[base]["recipe"]["default"]
+    key = "picked epoch"
+    epoch = context.model.partition("@")[2]
+    st.session_state[key] = int(epoch) if epoch else default
+    st.select_slider(
+        "Weights after epoch",
+        catalog.epochs(base),
+        key=key,
+        on_change=lambda: chosen.update(
+            model=base if st.session_state[key] == default else f"{base}@{st.session_state[key]}"
+        ),
+        help="Early weights have not memorised yet; late ones leave no room for One More Step.",
+    )
+
+
+def about(model: catalog.Model) -> str:
+    """Two sentences on what a model is."""
+    if model.family == "ideal":
+        return f"The closed-form denoiser that remembers the members of {model.images} perfectly. Nothing was trained."
+    members, minutes = model.card["members"], model.card["minutes"]
+    height, width = model.profile.size
+    return (
+        f"A small DDPM ({model.parameters / 1e6:.2f} million parameters, {height} x {width}), trained here for "
+        f"{minutes:.0f} minutes on {members} pictures of {model.images}: the members. The split is ours, so we know."
+    )
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """Show a sentence instead of a failure; details of what should not happen go to the log."""
+    try:
+        yield
+    except InputError as error:
+        st.error(str(error))
+    except Exception as error:
+        if type(error).__module__.startswith("streamlit"):
+            raise  # stop, rerun: Streamlit's own control flow
+        number = uuid.uuid4().hex[:8]
+        log.exception("Page failed [%s]", number)
+        st.error(
+            f"Something went wrong that should not; the server's log has the details under {number}. Reload the page."
+        )
+
+
+def show(chart: Chart, key: str, caption: str = "") -> None:
+    """A chart with the sentence that stands for it, and its table."""
+    st.plotly_chart(chart.figure, key=key, alt=chart.alt, config={"displaylogo": False})
+    st.caption(caption or chart.alt)
+    with st.expander("Table"):
+        st.dataframe(chart.table, hide_index=True)
+
+
+def signals(run: Run, what: str) -> tuple[Plan, dict[str, pd.DataFrame], bool]:
+    """The distances of a run: known ones, or those that have come in so far, with the controls to compute them.
+
+    Args:
+        run: what a page needs.
+        what: a few words for the button.
+
+    Returns:
+        The plan, distances by attack (perhaps of some pictures only, perhaps none), and whether they are all.
+    """
+    planned = plan(run)
+    known = lookup(planned)
+    if len(known) == len(planned.tasks):
+        return planned, known, True
+    key = job_key(planned)
+    job = SERVICE.find(key)
+    if job is not None and job.live:
+        job.touch()
+        watch(key)
+    else:
+        offer(planned, job, what, key)
+    partial = {task.attack.name: job.so_far(task.attack.name) for task in planned.tasks} if job else {}
+    return planned, known | {name: rows for name, rows in partial.items() if rows is not None}, False
+
+
+def job_key(planned: Plan) -> str:
+    """Equal work has an equal key, whoever asks."""
+    return " ".join([*(task.key for task in planned.tasks), str(planned.run.steps)])
+
+
+def offer(planned: Plan, job: Job | None, what: str, key: str) -> None:
+    """Say that something must be computed first, what became of the last try, and how to start."""
+    if job is not None and job.state == "failed":
+        st.error(job.error)
+    elif job is not None and job.state == "cancelled":
+        st.info(f"Cancelled after {job.done} of {job.total} pictures; what was finished is kept.")
+    calls = sum(task.attack.calls(task.t) + planned.run.steps - 1 for task in planned.tasks)
+    left, right = st.columns([3, 1], vertical_alignment="center")
+    left.info(
+        f"{what} asks the model at most {calls} times for each of {len(planned.images)} pictures. Nothing is kept yet."
+    )
+    if right.button("Run", type="primary", key=f"run {what}", width="stretch"):
+        with guarded():
+            run = planned.run
+            SERVICE.submit(key, lambda tick: score(run, tick))
+            st.rerun()
+
+
+@st.fragment(run_every=1)
+def watch(key: str) -> None:
+    """Progress of a live job, polled while it lives; then the page is drawn anew."""
+    job = SERVICE.find(key)
+    if job is None or not job.live:
+        st.rerun()
+    job.touch()
+    left, right = st.columns([4, 1], vertical_alignment="center")
+    if job.state == "queued":
+        left.progress(0.0, f"Waiting; {SERVICE.position(job)} runs go first.")
+    else:
+        left.progress(job.done / max(1, job.total), progress_sentence(job))
+    if right.button("Cancel", key="cancel", width="stretch"):
+        job.cancel()
+    seen = st.session_state.get("seen progress", {})
+    if job.done != seen.get(key) and time.monotonic() - st.session_state.get("seen at", 0) > 2:
+        st.session_state["seen progress"], st.session_state["seen at"] = {key: job.done}, time.monotonic()
+        st.rerun()
+
+
+def progress_sentence(job: Job) -> str:
+    """How far, how fast, how long still."""
+    if not job.done:
+        return "Loading the model ..."
+    left = (job.total - job.done) / job.rate
+    return f"{job.done} of {job.total} pictures, {job.rate:.0f} per second, {left:.0f} s left"
+
+
+@st.cache_data(max_entries=4096, show_spinner=False)
+def thumbnail(images: str, row: int, digest: str, scale: int = 128) -> np.ndarray:
+    """A picture of a set, enlarged without smoothing, (H, W) or (H, W, 3) uint8; `digest` keys the cache."""
+    from oms_core.decode import decode
+
+    picture, _ = decode(open_images(images).read(row))
+    return enlarge(np.asarray(picture), scale)
+
+
+def enlarge(pixels: np.ndarray, scale: int = 128) -> np.ndarray:
+    """Repeat pixels until a side is about `scale` long."""
+    times = max(1, scale // max(pixels.shape[:2]))
+    return pixels.repeat(times, axis=0).repeat(times, axis=1)
+
+
+def ask(work: Callable[[], object]) -> object:
+    """Something short from the device, with a spinner."""
+    with st.spinner("Asking the model ..."):
+        return SERVICE.ask(work)
+
+
+__all__ = ["begin", "control", "guarded", "show", "signals"]
