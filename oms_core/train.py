@@ -41,7 +41,7 @@ class Recipe:
     epochs: int
     snapshots: tuple[int, ...]  # epochs at which the averaged weights are kept, for Figure 2a
     default: int  # the snapshot that the plain name of the model means
-    timesteps: dict[str, int]  # where each attack is shown on this model unless another t is asked for
+    timesteps: dict[str, int]  # where an attack is shown on this model; by default at the paper's t
     batch: int = 64
     learning_rate: float = 1e-3
     warm_up: int = 200  # steps
@@ -50,16 +50,20 @@ class Recipe:
 
 
 DIGITS_TIMESTEPS = {"NA": 100, "PIA": 200, "PIAN": 100, "SecMI": 100, "SecMI-xt": 100}
-FASHION_TIMESTEPS = {"NA": 350, "PIA": 200, "PIAN": 100, "SecMI": 100, "SecMI-xt": 100}
 RECIPES = {
     "ddpm-digits": Recipe("digits", 8, (32, 64), 1200, (100, 250, 450, 700, 1200), 450, DIGITS_TIMESTEPS),
-    "ddpm-fashion": Recipe("fashion", 28, (16, 48, 96), 500, (50, 100, 200, 300, 500), 300, FASHION_TIMESTEPS, 32),
+    "ddpm-fashion": Recipe("fashion", 28, (16, 48, 96), 500, (100, 200, 300, 400, 500), 400, {}, 32),
 }
 
 
 def identity(recipe: dict[str, Any]) -> dict[str, Any]:
     """What decides the weights; which of them are kept and shown does not."""
     return {key: value for key, value in recipe.items() if key not in ("snapshots", "default", "timesteps")}
+
+
+def snapshot_folder(folder: Path, epoch: int) -> Path:
+    """Where a model's weights after an epoch are kept."""
+    return folder / f"epoch-{epoch:04d}"
 
 
 def network(recipe: Recipe) -> UNet2DModel:
@@ -109,16 +113,26 @@ class Training:
         return SequentialLR(self.optimizer, [warm, cosine], [self.recipe.warm_up])
 
     def run(self, to: Path = MODELS) -> Path:
-        """Train to the end, writing each snapshot, then the card; return the model's folder."""
+        """Train to the end, writing each snapshot, then the card; return the model's folder.
+
+        Raises:
+            InputError: see `resume`; or a snapshot that the training has passed is not in the folder.
+        """
         folder = to / self.name
         self.resume()
+        for epoch in self.recipe.snapshots:
+            if epoch <= len(self.losses) and not snapshot_folder(folder, epoch).is_dir():
+                raise InputError(
+                    f"{snapshot_folder(folder, epoch)} is missing and the training is past that epoch; take it off the "
+                    f"recipe's snapshots, or delete {self.checkpoint} to train from the start."
+                )
         remaining = range(len(self.losses), self.recipe.epochs)
         for epoch in tqdm(remaining, self.name, initial=len(self.losses), total=self.recipe.epochs, unit="epoch"):
             started = time.monotonic()
             self.losses.append(self.epoch())
             self.seconds += time.monotonic() - started
             if epoch + 1 in self.recipe.snapshots:
-                self.snapshot(folder / f"epoch-{epoch + 1:04d}")
+                self.snapshot(snapshot_folder(folder, epoch + 1))
             if (epoch + 1) % 10 == 0 or epoch + 1 == self.recipe.epochs:
                 self.save()
         self.write_card(folder)
