@@ -8,6 +8,7 @@ from oms_core import cache, catalog, figures
 from oms_core.exhibits import dimension
 from oms_core.run import lookup, lookup_trace, plan, residuals
 from pages.common.context import Context
+from pages.common.pictures import READY, ordinary
 from pages.common.shell import begin, guarded, show
 
 CARDS = (
@@ -56,15 +57,16 @@ def pair(context: Context) -> None:
     run = Context(model=context.model).run(steps=10)
     planned = plan(run)
     known = lookup(planned)
-    table = planned.images.table
-    own = []
+    if not known:
+        st.info("This model has no precomputed scene. Open a page above and press Run.")
+        return
+    cohort, table, own = residuals(planned, known["NA"]), planned.images.table, []
     for role, name in (("member", "a member"), ("nonmember", "a non-member")):
-        found = lookup_trace(planned, table[table.role == role].image.iloc[0])
-        if found is None or not known:
-            st.info("This model has no precomputed scene. Open a page above and press Run.")
-            return
-        own.append((name, role == "member", found.residuals()))
-    show(figures.path(residuals(planned, known["NA"]), own, 10, dimension(planned)), "path")
+        image = ordinary(table[table.role == role].image.iloc[:READY], cohort, role == "member")
+        found = lookup_trace(planned, image)
+        if found is not None:
+            own.append((name, role == "member", found.residuals()))
+    show(figures.path(cohort, own, run.steps, dimension(planned)), "path")
 
 
 def system_check() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -321,7 +322,21 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 def print_json(value: Any) -> None:
     """One JSON document; what is not a number is null."""
-    print(json.dumps(value, indent=1, default=lambda number: number.item()))
+    print(json.dumps(plain(value), indent=1, allow_nan=False))
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON knows it: no NumPy numbers, no NaN."""
+    match value:
+        case dict():
+            return {str(key): plain(part) for key, part in value.items()}
+        case list() | tuple():
+            return [plain(part) for part in value]
+        case None | str() | bool() | int():
+            return value
+        case float():
+            return value if math.isfinite(value) else None
+    return plain(value.item())  # a NumPy number
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any
 
 from oms_core.cache import read_finished
 from oms_core.catalog import read_json
+from oms_core.errors import InputError
 from oms_core.images import ASSETS
 
 
@@ -27,11 +28,13 @@ def check(assets: Path = ASSETS) -> list[dict[str, str]]:
     """A row per file that a card lists or that lies beside one: `file` and `state` (ok, changed, missing, not listed).
 
     Raises:
-        InputError: a card cannot be read.
+        InputError: a card cannot be read or lists no files.
     """
     rows = []
     for card in sorted(assets.rglob("card.json")):
-        listed, found = read_json(card)["files"], digests(card.parent)
+        listed, found = read_json(card).get("files"), digests(card.parent)
+        if not isinstance(listed, dict):
+            raise InputError(f"{card} lists no files; restore the original file.")
         for name in sorted(listed | found):
             if name not in found:
                 state = "missing"

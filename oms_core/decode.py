@@ -113,7 +113,7 @@ def deep_colour_key(picture: Image.Image) -> bool:
 def check_frames(picture: Image.Image) -> str:
     """One frame is needed; of a GIF, or of a photo with a preview behind it (MPO), the first is taken and said.
 
-    The frames are not counted: in a large file that takes minutes.
+    The frames are not counted: a large file may hold millions.
     """
     if not getattr(picture, "is_animated", False):
         return ""

@@ -59,13 +59,21 @@ def batch_size(placement: Placement, forward: Callable[[int], None]) -> int:
     """
     if placement.device == "cpu":
         return CPU_BATCH
-    import torch
-
     size = LARGEST_BATCH
     while size:
         try:
             forward(size)
             return max(1, size // 2)  # half of what fits leaves room for the iterates
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
             size //= 2
     raise InputError(f"Not even one picture fits into the memory of {placement.device}; use another device.")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the machine ran out of memory; CUDA has a class for it, MPS and the CPU only words."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    words = ("out of memory", "can't allocate memory")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)

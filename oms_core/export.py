@@ -5,6 +5,8 @@ from __future__ import annotations
 import html
 from pathlib import Path
 
+import plotly.graph_objects as go
+
 from oms_core.errors import InputError
 from oms_core.figures import Chart
 
@@ -43,12 +45,10 @@ def page(chart: Chart, title: str) -> str:
 
 def picture(chart: Chart, title: str, kind: str) -> bytes:
     """The figure as PNG or SVG, drawn by the Chrome or Chromium on this machine."""
-    from kaleido.errors import ChromeNotFoundError
-
-    chart.figure.update_layout(title={"text": title, "font": {"size": 16}}, margin={"t": 90})
+    titled = go.Figure(chart.figure).update_layout(title={"text": title, "font": {"size": 16}}, margin={"t": 90})
     try:
-        return chart.figure.to_image(format=kind, width=1100, height=620, scale=2)
-    except (ChromeNotFoundError, RuntimeError, ValueError) as error:
+        return titled.to_image(format=kind, width=1100, height=620, scale=2)
+    except (RuntimeError, ValueError) as error:  # without a Chrome, or with one that does not start
         raise InputError(
             "A PNG or SVG needs Chrome or Chromium on this machine; install one, or write .html."
         ) from error

@@ -76,16 +76,17 @@ def residual_boxes(residuals: pd.DataFrame, dimension: int) -> Chart:
         )  # fmt: skip
     green = add_noise_line(figure, dimension, residuals.n.max())
     figure.update_layout(boxmode="group")
-    figure.update_yaxes(residual_axis(residuals.residual.min(), max(green, residuals.residual.max())))
+    figure.update_yaxes(residual_axis(np.append(residuals.residual, green)))
     figure.update_xaxes(dtick=1)
     layout(figure, "step n", "residual ‖δⁿ‖₂")
     table = residuals.groupby(["n", "member"]).residual.describe()[["count", "25%", "50%", "75%"]].reset_index()
     return Chart(figure, residual_sentence(residuals), table)
 
 
-def residual_axis(low: float, high: float) -> dict:
-    """A log axis from a third of a decade below the least to above the largest, in steps, so that it stays put."""
-    low, high = math.log10(max(low, 1e-6)), math.log10(high)
+def residual_axis(values: np.ndarray) -> dict:
+    """A log axis from below the least finite value to above the largest, in steps, so that it stays put."""
+    values = values[np.isfinite(values)]
+    low, high = math.log10(max(values.min(), 1e-6)), math.log10(values.max())
     ticks = [digit * 10.0**power for power in range(math.floor(low) - 1, math.ceil(high) + 1) for digit in (1, 2, 5)]
     return {
         "type": "log",
@@ -147,11 +148,11 @@ def roc_curves(curves: Mapping[tuple[str, int], tuple[Roc, float]], scales: Sequ
 
 
 def corners(curve: Roc) -> tuple[np.ndarray, np.ndarray]:
-    """The points of a curve where it turns; the others lie between them."""
-    rises, runs = np.diff(curve.tpr, append=2), np.diff(curve.fpr, append=2)
-    before = np.arctan2(np.diff(curve.tpr, prepend=-1), np.diff(curve.fpr, prepend=-1))
-    turns = ~np.isclose(before, np.arctan2(rises, runs))
-    return curve.fpr[turns], curve.tpr[turns]
+    """The ends of a curve and the points where it turns; the others lie between them."""
+    direction = np.arctan2(np.diff(curve.tpr), np.diff(curve.fpr))
+    kept = np.ones(len(curve.fpr), bool)
+    kept[1:-1] = ~np.isclose(direction[:-1], direction[1:])
+    return curve.fpr[kept], curve.tpr[kept]
 
 
 def histograms(scores: pd.DataFrame, threshold: Mapping[int, float], bins: int = 50) -> Chart:
@@ -162,10 +163,11 @@ def histograms(scores: pd.DataFrame, threshold: Mapping[int, float], bins: int =
     for place, n in enumerate(steps, start=1):
         group = scores[scores.n == n]
         low, high = np.quantile(group.score, [0.002, 1])
+        width = (high - low) / bins or 1  # 1 where all scores are equal
         for member, name, colour, _, _ in GROUPS:
             figure.add_histogram(
                 x=group.score[group.member == member].clip(low), name=name, marker_color=colour, opacity=0.6,
-                xbins={"start": low, "end": high, "size": (high - low) / bins}, histnorm="probability",
+                xbins={"start": low, "end": high + width, "size": width}, histnorm="probability",
                 marker_pattern_shape="" if member else "/", legendgroup=name, showlegend=place == 1, row=1, col=place,
             )  # fmt: skip
         figure.add_vline(threshold[n], line_dash="dash", line_color="#555555", row=1, col=place)
@@ -252,10 +254,10 @@ def path(
             x=list(range(1, n + 1)), y=list(values[:n]), name=name, mode="lines+markers",
             line={"color": colour, "dash": dash, "width": 3}, marker={"symbol": symbol, "size": 11},
         )  # fmt: skip
-    steps = max(len(values) for *_, values in own)
+    steps = max((len(values) for *_, values in own), default=int(cohort.n.max()))
     green = add_noise_line(figure, dimension, steps)
     everything = [green, *low_high.to_numpy().ravel(), *(value for *_, values in own for value in values)]
-    figure.update_yaxes(residual_axis(min(everything), max(everything)))
+    figure.update_yaxes(residual_axis(np.array(everything)))
     figure.update_xaxes(range=[0.7, steps + 0.3], dtick=1)
     layout(figure, "step n", "residual ‖δⁿ‖₂", height=420)
     table = pd.DataFrame({name: list(values[:n]) for name, _, values in own}, index=range(1, n + 1)).rename_axis("n")

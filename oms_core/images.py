@@ -92,17 +92,17 @@ def built_in(name: str) -> ImageSet:
     path = ASSETS / "images" / f"{name}.parquet"
     try:
         rows = pd.read_parquet(path, page_checksum_verification=True)
-    except (OSError, ValueError) as error:
+        table = pd.DataFrame(
+            {
+                "image": [sha256(data) for data in rows.png],
+                "file": [f"{name}-{row:04d}.png" for row in rows.index],
+                "role": rows.role,
+                "label": rows.label.astype(str),
+                "caption": rows.caption,
+            }
+        )
+    except Exception as error:  # damage in a footer shows in many ways, AttributeError and KeyError among them
         raise InputError(f"{path.name} in assets/images is missing or damaged; restore it by git checkout.") from error
-    table = pd.DataFrame(
-        {
-            "image": [sha256(data) for data in rows.png],
-            "file": [f"{name}-{row:04d}.png" for row in rows.index],
-            "role": rows.role,
-            "label": rows.label.astype(str),
-            "caption": rows.caption,
-        }
-    )
     return ImageSet(name, table, rows.png.__getitem__, rejected_table([]))
 
 

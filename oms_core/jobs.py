@@ -19,6 +19,7 @@ from typing import Any
 import pandas as pd
 
 from oms_core.compute import Progress, Tick
+from oms_core.device import out_of_memory
 from oms_core.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -86,10 +87,11 @@ class Service:
         self.jobs: OrderedDict[str, Job] = OrderedDict()
         self.queue: deque[Job] = deque()
         self.questions: deque[tuple[Callable[[], Any], Future]] = deque()
+        self.running: Job | None = None
         self.worker: threading.Thread | None = None
 
     def submit(self, key: str, work: Callable[[Tick], Any]) -> Job:
-        """Start a job, or join the one with this key that is under way or done.
+        """Start a job, or join the one with this key that is under way (and is not being stopped) or done.
 
         Args:
             key: equal keys mean equal work.
@@ -99,12 +101,14 @@ class Service:
             InputError: too many jobs are waiting.
         """
         with self.changed:
+            self._drop_abandoned()
             job = self.jobs.get(key)
-            if job is None or job.state in ("cancelled", "failed"):
+            if job is None or job.cancelled or job.state in ("cancelled", "failed"):
                 if len(self.queue) >= WAITING:
                     raise InputError(f"{WAITING} runs are waiting; try again when some have finished.")
                 job = Job(key, work)
                 self.jobs[key] = job
+                self.jobs.move_to_end(key)
                 self.queue.append(job)
                 self._forget()
                 self._wake()
@@ -124,15 +128,22 @@ class Service:
         return self.jobs.get(key)
 
     def position(self, job: Job) -> int:
-        """How many jobs go before a queued one."""
+        """How many jobs go before a queued one, the running one included."""
         with self.changed:
-            return list(self.queue).index(job) if job in self.queue else 0
+            self._drop_abandoned()
+            return list(self.queue).index(job) + (self.running is not None) if job in self.queue else 0
 
     def _wake(self) -> None:
         if self.worker is None or not self.worker.is_alive():
             self.worker = threading.Thread(target=self._work, name="device", daemon=True)
             self.worker.start()
         self.changed.notify_all()
+
+    def _drop_abandoned(self) -> None:
+        """End the queued jobs that nobody waits for any more."""
+        for job in [job for job in self.queue if job.abandoned]:
+            self.queue.remove(job)
+            job.ended, job.state = time.monotonic(), "cancelled"
 
     def _forget(self) -> None:
         over = [key for key, job in self.jobs.items() if not job.live]
@@ -146,9 +157,10 @@ class Service:
                     self.changed.wait()
             self._answer()
             with self.changed:
-                job = self.queue.popleft() if self.queue else None
-            if job is not None:
-                self._run(job)
+                self.running = self.queue.popleft() if self.queue else None
+            if self.running is not None:
+                self._run(self.running)
+                self.running = None
 
     def _answer(self) -> None:
         """Answer every short question that waits."""
@@ -182,14 +194,14 @@ class Service:
             outcome, error = "cancelled", ""
         except InputError as problem:
             outcome, error = "failed", str(problem)
-        except Exception as problem:
+        except BaseException as problem:  # whatever it is, the viewers are told and the worker lives on
             outcome, error = "failed", explain(problem)
         job.ended, job.error, job.state = time.monotonic(), error, outcome
 
 
-def explain(problem: Exception) -> str:
+def explain(problem: BaseException) -> str:
     """One sentence for a visitor; the details go to the log under the same number."""
-    if type(problem).__name__ == "OutOfMemoryError":
+    if out_of_memory(problem):
         return "The device ran out of memory; choose a smaller batch size and run again."
     number = uuid.uuid4().hex[:8]
     log.exception("Job failed [%s]", number, exc_info=problem)

@@ -5,6 +5,7 @@ Scores point one way everywhere: larger = more likely a member. Rates are fracti
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,10 +63,32 @@ def roc(scores: np.ndarray, member: np.ndarray) -> Roc:
     Raises:
         InputError: one of the two groups is empty.
     """
-    from sklearn.metrics import roc_curve
-
     need_both(member)
-    return Roc(*roc_curve(member, scores, drop_intermediate=False))
+    fpr, tpr = cumulative_rates(scores, member, np.ones((1, len(scores))))
+    return Roc(fpr[0], tpr[0], np.append(np.inf, np.unique(scores)[::-1]))
+
+
+def cumulative_rates(scores: np.ndarray, member: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """FPR and TPR at every distinct threshold, from the highest down, under each row of weights.
+
+    Equal to scikit-learn's `roc_curve` with `sample_weight`, for many weightings at once and without its import.
+
+    Args:
+        scores: (N,).
+        member: (N,) bool.
+        weights: how often each picture counts, (draws, N).
+
+    Returns:
+        FPR and TPR, both (draws, distinct scores + 1), beginning at 0.
+    """
+    order = np.argsort(-scores, kind="stable")
+    last_of_ties = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)
+    weights = weights[:, order]
+    fpr, tpr = (
+        np.pad(np.cumsum(weights * group[order], axis=1)[:, last_of_ties] / group.sum(), ((0, 0), (1, 0)))
+        for group in (~member, member)
+    )
+    return fpr, tpr
 
 
 def need_both(member: np.ndarray) -> None:
@@ -76,22 +99,22 @@ def need_both(member: np.ndarray) -> None:
 
 
 def auc(scores: np.ndarray, member: np.ndarray) -> float:
-    """Area under the ROC curve."""
-    from sklearn.metrics import roc_auc_score
-
-    need_both(member)
-    return float(roc_auc_score(member, scores))
+    """Area under the ROC curve by the trapezoid rule, which counts ties as half."""
+    curve = roc(scores, member)
+    return float(np.trapezoid(curve.tpr, curve.fpr))
 
 
 def asr(scores: np.ndarray, member: np.ndarray, seed: int = 0) -> tuple[float, float]:
     """Attack success rate as in App. E: the best threshold of a random 10 %, applied to the other 90 %.
 
     Success is the mean of the rates of right answers among members and among non-members, which is the
-    accuracy where the groups are equally large, as in the paper.
+    accuracy where the groups are equally large, as in the paper. A threshold lies midway between two scores.
 
     Returns:
-        Mean and standard deviation over ten draws.
+        Mean and standard deviation over ten draws; NaN where a group is a single picture and nothing is left of it.
     """
+    if min(member.sum(), (~member).sum()) < 2:
+        return math.nan, math.nan
     rng = np.random.default_rng(seed)
     rates = []
     for _ in range(ASR_DRAWS):
@@ -99,7 +122,8 @@ def asr(scores: np.ndarray, member: np.ndarray, seed: int = 0) -> tuple[float, f
         for group in (np.flatnonzero(member), np.flatnonzero(~member)):
             chosen[rng.choice(group, max(1, round(ASR_SHARE * len(group))), replace=False)] = True
         curve = roc(scores[chosen], member[chosen])
-        called = scores >= curve.thresholds[np.argmax(curve.tpr - curve.fpr)]
+        best = np.argmax(curve.tpr - curve.fpr)
+        called = scores >= curve.thresholds[best : best + 2].mean()
         right = (called == member)[~chosen]
         rates.append((right[member[~chosen]].mean() + right[~member[~chosen]].mean()) / 2)
     return float(np.mean(rates)), float(np.std(rates, ddof=1))
@@ -135,14 +159,8 @@ def draw(rng: np.random.Generator, member: np.ndarray, draws: int) -> np.ndarray
 
 
 def weighted_figures(scores: np.ndarray, member: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
-    """AUC and TPRs under each row of weights (draws, N); equal to scikit-learn's with `sample_weight`."""
-    order = np.argsort(-scores, kind="stable")
-    last_of_ties = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)
-    weights = weights[:, order]
-    fpr, tpr = (
-        np.pad(np.cumsum(weights * group[order], axis=1)[:, last_of_ties] / group.sum(), ((0, 0), (1, 0)))
-        for group in (~member, member)
-    )
+    """AUC and TPRs under each row of weights (draws, N)."""
+    fpr, tpr = cumulative_rates(scores, member, weights)
     at = {name: np.where(fpr <= bound, tpr, 0).max(axis=1) for name, bound in FPR_BOUNDS.items()}
     return {"auc": np.trapezoid(tpr, fpr, axis=1)} | at
 
@@ -166,11 +184,15 @@ def evaluate(table: pd.DataFrame, calls: dict[tuple[str, int], int]) -> list[dic
         less that of n = 1 on the same resampled pictures (None for n = 1), and a `note` where the figures say little.
 
     Raises:
-        InputError: members or non-members are missing.
+        InputError: members or non-members are missing, or an attack gives no finite score.
     """
+    check_scores(table)
     rows = []
-    for (attack, t), group in check_scores(table).groupby(["attack", "t"], sort=False):
-        wide = group.pivot(index="image", columns="n", values="score").dropna()
+    for (attack, t), group in table.groupby(["attack", "t"], sort=False):
+        wide = check_scores(group).pivot(index="image", columns="n", values="score").dropna()
+        left_out = group.image.nunique() - len(wide)
+        if wide.empty:
+            raise InputError(f"{attack} at t = {t} gives no picture a finite score; try another precision.")
         member = group.drop_duplicates("image").set_index("image").member.loc[wide.index].to_numpy()
         need_both(member)
         columns = {int(n): wide[n].to_numpy() for n in wide}
@@ -180,19 +202,22 @@ def evaluate(table: pd.DataFrame, calls: dict[tuple[str, int], int]) -> list[dic
             row = {"attack": attack, "t": int(t), "n": n, "calls": calls[attack, n]}
             row |= rates(scores, member, draws[n])
             row |= gain(row["auc"] - base, draws[n]["auc"] - draws[1]["auc"]) if n > 1 else NO_GAIN
-            rows.append(row | {"note": note(scores, member)})
+            rows.append(row | {"note": note(scores, member, left_out)})
     return rows
 
 
 NO_GAIN = {"gain": None, "gain_lo": None, "gain_hi": None}
 
 
-def note(scores: np.ndarray, member: np.ndarray) -> str:
+def note(scores: np.ndarray, member: np.ndarray, left_out: int = 0) -> str:
     """What a reader must know before believing a row."""
-    if np.ptp(scores) == 0:
-        return "all scores are equal"
     fewest = min(member.sum(), (~member).sum())
-    return f"only {fewest} pictures of a kind: too few" if fewest < FEW else ""
+    facts = {
+        "all scores are equal": np.ptp(scores) == 0,
+        f"only {fewest} {'picture' if fewest == 1 else 'pictures'} of a kind: too few": fewest < FEW,
+        f"pictures left out for want of a finite score: {left_out}": left_out > 0,
+    }
+    return "; ".join(fact for fact, holds in facts.items() if holds)
 
 
 def rates(scores: np.ndarray, member: np.ndarray, draws: dict[str, np.ndarray]) -> dict[str, float | None]:

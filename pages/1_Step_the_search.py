@@ -14,10 +14,10 @@ from oms_core.exhibits import dimension
 from oms_core.run import Plan, Trace, lookup_trace, residuals
 from oms_core.search import fixed_point
 from pages.common.context import Context, control, update
-from pages.common.shell import ask, begin, enlarge, guarded, show, signals, thumbnail
+from pages.common.pictures import READY, enlarge, ordinary, thumbnail
+from pages.common.shell import ask, begin, guarded, show, signals
 
 STEPS = 10
-READY = 8  # pictures of each kind whose search is shipped
 SUPERSCRIPT = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 BLUE, ORANGE = np.array([0, 114, 178]), np.array([213, 94, 0])
 
@@ -33,14 +33,6 @@ def pair(planned: Plan, context: Context, cohort: pd.DataFrame) -> pd.DataFrame:
             raise InputError(f"The set has no picture {chosen!r}; choose New pair.")
         rows.append(found.iloc[0])
     return pd.DataFrame(rows)
-
-
-def ordinary(images: pd.Series, cohort: pd.DataFrame, member: bool) -> str:
-    """The picture whose second residual is closest to the median of its kind; the first if that is not known."""
-    second = cohort[(cohort.n == 2) & (cohort.member == member)].set_index("image").residual
-    if second.empty:
-        return images.iloc[0]
-    return (second.loc[images] - second.median()).abs().idxmin()
 
 
 def new_pair(planned: Plan) -> None:

@@ -9,7 +9,8 @@ from oms_core.attacks import ATTACKS
 from oms_core.exhibits import dimension
 from oms_core.run import Plan, residuals
 from pages.common.context import Context, control, update
-from pages.common.shell import begin, guarded, show, signals, thumbnail
+from pages.common.pictures import thumbnail
+from pages.common.shell import begin, guarded, show, signals
 
 STEPS = 10
 SIZES = [100, 300, 1000, None]

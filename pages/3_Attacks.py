@@ -7,7 +7,8 @@ import streamlit as st
 
 from oms_core import figures, metrics
 from oms_core.attacks import ATTACKS, COMPARED
-from oms_core.run import Plan, calls, scores
+from oms_core.exhibits import members
+from oms_core.run import Plan, calls, column, scores
 from pages.common.context import RATES, Context, control, update
 from pages.common.shell import begin, guarded, show, signals
 
@@ -79,13 +80,24 @@ def verdict(rows: list[dict], n: int) -> None:
         st.info("Published attacks: one step. Switch on One More Step to see what the second residual adds.")
         return
     said = "; ".join(f"it {what} {', '.join(names)}" for what, names in sides.items() if names)
-    why = (
-        " Where it hurts, later residuals of members are not the smaller ones: see Convergence."
-        if sides["hurts"]
-        else ""
+    (st.warning if sides["hurts"] else st.success)(f"One More Step, gain in AUC points with its 95 % interval: {said}.")
+
+
+def explanation(rows: list[dict], planned: Plan, known: dict[str, pd.DataFrame]) -> None:
+    """Why One More Step hurts where it does: what the second residual says alone."""
+    hurt = [row["attack"] for row in rows if row["n"] == 2 and row["gain_hi"] < 0]
+    if not hurt:
+        return
+    alone = []
+    for task in planned.tasks:
+        if task.attack.name in hurt:
+            signal = known[task.attack.name]
+            found = metrics.auc(-signal[column(1, 2, task.attack.p)].to_numpy(), members(planned, signal))
+            alone.append(f"{task.attack.name} {100 * found:.1f} %")
+    st.caption(
+        f"Why: AUC of the second residual alone, d(1, 2): {'; '.join(alone)} (50 % is chance). Added to the first "
+        "it dilutes it; below 50 % the later residuals of members are even the larger ones. See Convergence."
     )
-    show_as = st.warning if sides["hurts"] else st.success
-    show_as(f"One More Step, gain in AUC points with its 95 % interval: {said}.{why if sides['hurts'] else ''}")
 
 
 def curves(table: pd.DataFrame, n: int) -> figures.Chart:
@@ -138,6 +150,8 @@ def main() -> None:
         if complete:
             rows = evaluation(tuple(task.key for task in shown.tasks), STEPS, shown, table)
             verdict(rows, n)
+            if more:
+                explanation(rows, shown, known)
             st.dataframe(overview(rows, 2), hide_index=True, column_config=number_columns())
         else:
             st.info(

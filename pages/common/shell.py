@@ -9,7 +9,6 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import pandas as pd
 import streamlit as st
 
@@ -17,11 +16,11 @@ from oms_core import catalog
 from oms_core.compute import score
 from oms_core.errors import InputError
 from oms_core.figures import Chart
-from oms_core.images import ASSETS, open_images
+from oms_core.images import ASSETS
 from oms_core.jobs import SERVICE, Job
 from oms_core.run import Plan, Run, lookup, plan
 from pages.common import context as chosen
-from pages.common.context import Context, control, current
+from pages.common.context import Context, current
 
 log = logging.getLogger(__name__)
 WARM_UP_AFTER = 4.0  # seconds: behind the first paint
@@ -34,21 +33,24 @@ PAGES = (
 
 
 def begin(title: str, question: str) -> Context:
-    """Open a page: its title, the question it answers, and the choice of the model."""
+    """Open a page: its title, the question it answers, the links, and the choice of the model."""
     st.set_page_config(page_title=f"{title} - OMS Explorer", page_icon=str(ASSETS / "icon.svg"), layout="wide")
     st.title(title)
     st.markdown(f"*{question}*")
     warm_up()
-    context = current()
+    try:
+        if not catalog.built_in():
+            raise InputError("The folder assets/models is empty; restore it by git checkout assets, then reload.")
+        context = current()
+        with st.sidebar:
+            links()
+            pick_model(context)
+    except InputError as error:
+        st.error(str(error))
+        st.stop()
     for problem in st.session_state.get(chosen.PROBLEMS, []):
         st.warning(problem, icon=":material/link_off:")
-    if not catalog.built_in():
-        st.error("The folder assets/models is empty; restore it by `git checkout assets`, then reload this page.")
-        st.stop()
-    with st.sidebar:
-        links()
-        pick_model(context)
-    return st.session_state[chosen.STATE]
+    return context
 
 
 def links() -> None:
@@ -69,8 +71,6 @@ def warm_up() -> threading.Timer:
 
 
 def import_slow_libraries() -> None:
-    import sklearn.metrics  # noqa: F401
-
     import oms_core.families.ddpm  # noqa: F401
 
 
@@ -116,7 +116,7 @@ def about(model: catalog.Model) -> str:
     members, minutes = model.card["members"], model.card["minutes"]
     height, width = model.profile.size
     return (
-        f"A small DDPM ({model.parameters / 1e6:.2f} million parameters, {height} x {width}), trained here for "
+        f"A small DDPM ({model.parameters / 1e6:.2f} million parameters, {height} x {width}), trained for "
         f"{minutes:.0f} minutes on {members} pictures of {model.images}: the members. The split is ours, so we know."
     )
 
@@ -162,13 +162,16 @@ def signals(run: Run, what: str) -> tuple[Plan, dict[str, pd.DataFrame], bool]:
         return planned, known, True
     key = job_key(planned)
     job = SERVICE.find(key)
+    done = job is not None and job.state == "done"
     if job is not None and job.live:
         job.touch()
         watch(key)
+    elif done:
+        st.caption("These results could not be kept on disk; they last as long as the app runs.")
     else:
         offer(planned, job, what, key)
-    partial = {task.attack.name: job.so_far(task.attack.name) for task in planned.tasks} if job else {}
-    return planned, known | {name: rows for name, rows in partial.items() if rows is not None}, False
+    came_in = {task.attack.name: job.so_far(task.attack.name) for task in planned.tasks} if job else {}
+    return planned, known | {name: rows for name, rows in came_in.items() if rows is not None}, done
 
 
 def job_key(planned: Plan) -> str:
@@ -222,25 +225,7 @@ def progress_sentence(job: Job) -> str:
     return f"{job.done} of {job.total} pictures, {job.rate:.0f} per second, {left:.0f} s left"
 
 
-@st.cache_data(max_entries=4096, show_spinner=False)
-def thumbnail(images: str, row: int, digest: str, scale: int = 128) -> np.ndarray:
-    """A picture of a set, enlarged without smoothing, (H, W) or (H, W, 3) uint8; `digest` keys the cache."""
-    from oms_core.decode import decode
-
-    picture, _ = decode(open_images(images).read(row))
-    return enlarge(np.asarray(picture), scale)
-
-
-def enlarge(pixels: np.ndarray, scale: int = 128) -> np.ndarray:
-    """Repeat pixels until a side is about `scale` long."""
-    times = max(1, scale // max(pixels.shape[:2]))
-    return pixels.repeat(times, axis=0).repeat(times, axis=1)
-
-
 def ask(work: Callable[[], object]) -> object:
     """Something short from the device, with a spinner."""
     with st.spinner("Asking the model ..."):
         return SERVICE.ask(work)
-
-
-__all__ = ["begin", "control", "guarded", "show", "signals"]
