@@ -73,6 +73,7 @@ def parser() -> argparse.ArgumentParser:
 
     tabling = add(commands, "table", table_command, "a table of the paper, its figures beside the measured", run=True)
     tabling.add_argument("name", help=f"one of {', '.join(exhibits.TABLES)}")
+    tabling.set_defaults(model="")  # every built-in model
 
     training = add(commands, "train", train_command, "train a built-in model again, or check the shipped files")
     training.add_argument("name", nargs="?", help="ddpm-digits or ddpm-fashion")
@@ -228,7 +229,7 @@ def figure_command(options: argparse.Namespace) -> None:
 
 
 def table_command(options: argparse.Namespace) -> None:
-    models = [options.model] if "--model" in sys.argv else []
+    models = [options.model] if options.model else []
     rows = exhibits.table(options.name, models, run_of(options), Bar("scoring"))
     if options.json:
         print_json(rows)

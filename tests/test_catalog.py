@@ -1,0 +1,342 @@
+"""What a model is, said from its files alone; and the files that must be refused before anything is built."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from diffusers import UNet2DModel
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors.torch import load_file
+
+from oms_core import catalog
+from oms_core.catalog import describe
+from oms_core.decode import Profile
+from oms_core.errors import InputError
+from oms_core.images import open_images
+
+INDEX, NETWORK, SCHEDULER = "model_index.json", "unet/config.json", "scheduler/scheduler_config.json"
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+Change = Callable[[Path], object]
+Save = Callable[..., Path]
+
+
+@pytest.fixture
+def model(pipeline: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny pipeline that may be changed."""
+    return shutil.copytree(pipeline, tmp_path / "model")
+
+
+def setting(file: str, **values: Any) -> Change:
+    """Put values into a configuration."""
+
+    def change(folder: Path) -> None:
+        config = json.loads((folder / file).read_bytes())
+        (folder / file).write_text(json.dumps(config | values))
+
+    return change
+
+
+def content(file: str, data: bytes) -> Change:
+    """Put other bytes into a file."""
+    return lambda folder: (folder / file).write_bytes(data)
+
+
+def weights(change: Callable[[bytes], bytes]) -> Change:
+    """Damage the weights."""
+    return lambda folder: (folder / WEIGHTS).write_bytes(change((folder / WEIGHTS).read_bytes()))
+
+
+def header(tensors: object) -> Change:
+    """Weights that consist of a header alone (the safetensors format: eight bytes of length, then JSON)."""
+    text = json.dumps(tensors).encode()
+    return content(WEIGHTS, struct.pack("<Q", len(text)) + text)
+
+
+def only_pickle(folder: Path) -> None:
+    torch.save(load_file(folder / WEIGHTS), folder / "unet" / "diffusion_pytorch_model.bin")
+    (folder / WEIGHTS).unlink()
+
+
+INCOMPLETE = "is not a complete safetensors file; copy it again"
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
+REFUSED: dict[str, tuple[Change, str]] = {
+    "code": (content("unet/my_unet.py", b"raise SystemExit"), "my_unet.py is code"),
+    "no network config": (lambda folder: (folder / NETWORK).unlink(), "config.json is missing"),
+    "half a network config": (content(NETWORK, b'{"_class_name": "UNet2'), "config.json is not valid JSON"),
+    "a list for a config": (content(NETWORK, b"[]"), "does not hold a JSON object"),
+    "a deep config": (content(NETWORK, b"[" * 500_000), "config.json is not valid JSON"),
+    "binary config": (content(NETWORK, b"\xff\xfe\x00"), "config.json is not valid JSON"),
+    "a config of 2 MB": (content(NETWORK, b" " * 2**21), "larger than a configuration should be"),
+    "half an index": (content(INDEX, b"{"), "model_index.json is not valid JSON"),
+    "an index that names a module": (setting(INDEX, scheduler=["os", "system"]), "has scheduler ['os', 'system']"),
+    "an index with a latent space": (setting(INDEX, vqvae=["diffusers", "VQModel"]), "has vqvae"),
+    "an index with another network": (setting(INDEX, unet=["my_unet", "MyUNet"]), "has unet ['my_unet', 'MyUNet']"),
+    "another network": (setting(NETWORK, _class_name="UNet2DConditionModel"), "describes 'UNet2DConditionModel'"),
+    "no kind of network": (setting(NETWORK, _class_name=None), "describes None"),
+    "a conditional network": (setting(NETWORK, num_class_embeds=10), "has num_class_embeds 10"),
+    "a continuous network": (setting(NETWORK, time_embedding_type="fourier"), "has time_embedding_type 'fourier'"),
+    "no size": (setting(NETWORK, sample_size=None), "has sample_size None"),
+    "a size in words": (setting(NETWORK, sample_size="8"), "has sample_size '8'"),
+    "size 0": (setting(NETWORK, sample_size=0), "has sample_size 0"),
+    "a size of three": (setting(NETWORK, sample_size=[8, 8, 8]), "has sample_size [8, 8, 8]"),
+    "size 10^9": (setting(NETWORK, sample_size=10**9), "has sample_size 1000000000"),
+    "latent channels": (setting(NETWORK, in_channels=4), "has in_channels 4"),
+    "10^6 channels": (setting(NETWORK, in_channels=10**6), "has in_channels 1000000"),
+    "other channels out than in": (setting(NETWORK, out_channels=3), "has out_channels"),
+    "10^9 layers": (setting(NETWORK, layers_per_block=10**9), "has layers_per_block 1000000000"),
+    "an unknown scheduler": (setting(SCHEDULER, _class_name="MyScheduler"), "'MyScheduler'; known are DDPMScheduler"),
+    "10^9 timesteps": (setting(SCHEDULER, num_train_timesteps=10**9), "has num_train_timesteps 1000000000"),
+    "no timesteps": (setting(SCHEDULER, num_train_timesteps=0), "has num_train_timesteps 0"),
+    "half a scheduler config": (content(SCHEDULER, b"{"), "scheduler_config.json is not valid JSON"),
+    "only a pickle": (only_pickle, "only safetensors weights are loaded, never pickles"),
+    "truncated weights": (weights(lambda data: data[:-10]), INCOMPLETE),
+    "weights with something behind": (weights(lambda data: data + b"x"), INCOMPLETE),
+    "empty weights": (content(WEIGHTS, b""), INCOMPLETE),
+    "a git-lfs pointer": (content(WEIGHTS, POINTER), INCOMPLETE),
+    "a header of 2^62 bytes": (weights(lambda data: struct.pack("<Q", 2**62) + data[8:]), INCOMPLETE),
+    "a deep header": (content(WEIGHTS, struct.pack("<Q", 200_000) + b"[" * 200_000), INCOMPLETE),
+    "a pickle under another name": (content(WEIGHTS, b"\x80\x04cos\nsystem\n"), INCOMPLETE),
+    "no tensors": (header({}), INCOMPLETE),
+    "a list of tensors": (header([]), INCOMPLETE),
+    "a tensor without a shape": (header({"a": {"data_offsets": [0, 0]}}), INCOMPLETE),
+    "a shape of words": (header({"a": {"shape": ["8"], "data_offsets": [0, 0]}}), INCOMPLETE),
+    "a negative shape": (header({"a": {"shape": [-8], "data_offsets": [0, 0]}}), INCOMPLETE),
+    "10^12 parameters": (header({"a": {"shape": [10**12], "data_offsets": [0, 0]}}), "more than 20 billion parameters"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_folder_that_is_no_sound_model_is_refused_in_one_sentence(model: Path, name: str) -> None:
+    describe(str(model))  # what is refused below is the change, not the model
+    change, expected = REFUSED[name]
+    change(model)
+    with pytest.raises(InputError) as refusal:
+        describe(str(model))
+    assert expected in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["", "nothing", "../nothing", "x" * 5000, "a\0b", "~/.ssh", "http://a/b", "\\\\a\\b"])
+def test_a_name_that_is_nothing_is_refused(name: str) -> None:
+    with pytest.raises(InputError, match=r"There is no model or folder .*ideal:SET"):
+        describe(name)
+
+
+def test_a_file_is_refused_as_a_model(pipeline: Path) -> None:
+    with pytest.raises(InputError, match="is a file; name the diffusers folder"):
+        describe(str(pipeline / WEIGHTS))
+
+
+def test_a_folder_that_is_no_model_is_refused_for_that_and_not_for_what_else_it_holds(tmp_path: Path) -> None:
+    (tmp_path / "app.py").write_text("")
+    with pytest.raises(InputError, match=r"config\.json is missing"):
+        describe(str(tmp_path))
+
+
+# What is said of a sound model
+
+
+def test_a_pipeline_is_described_as_diffusers_sees_it(pipeline: Path) -> None:
+    model, unet = describe(str(pipeline)), UNet2DModel.from_pretrained(pipeline / "unet")
+    assert model.parameters == unet.num_parameters()
+    assert model.profile == Profile((8, 8), 1)
+    assert model.timesteps == 1000
+    assert model.name == str(pipeline)
+
+
+def test_a_network_alone_is_the_same_model_as_its_pipeline(pipeline: Path) -> None:
+    assert describe(str(pipeline / "unet")).fingerprint == describe(str(pipeline)).fingerprint
+
+
+def test_a_network_without_a_scheduler_gets_the_linear_schedule(pipeline: Path, tmp_path: Path) -> None:
+    alone = shutil.copytree(pipeline / "unet", tmp_path / "alone")
+    assert describe(str(alone)).schedule == {
+        "_class_name": "DDPMScheduler",
+        "num_train_timesteps": 1000,
+        "beta_schedule": "linear",
+    }
+
+
+def test_weights_in_parts_are_one_model(pipeline: Path, model: Path) -> None:
+    unet = UNet2DModel.from_pretrained(pipeline / "unet")
+    shutil.rmtree(model / "unet")
+    unet.save_pretrained(model / "unet", max_shard_size="50KB")
+    assert len(list((model / "unet").glob("*.safetensors"))) > 2
+    assert describe(str(model)).parameters == unet.num_parameters()
+
+
+def test_a_fingerprint_does_not_depend_on_the_place(pipeline: Path, model: Path) -> None:
+    (model / "README.md").write_text("another text")
+    assert describe(str(model)).fingerprint == describe(str(pipeline)).fingerprint
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        weights(lambda data: data[:-1] + bytes([data[-1] ^ 1])),
+        setting(SCHEDULER, beta_end=0.03),
+        setting(SCHEDULER, num_train_timesteps=500),
+        setting(SCHEDULER, prediction_type="v_prediction"),
+        setting(NETWORK, flip_sin_to_cos=False),
+        setting(NETWORK, norm_eps=1e-6),
+    ],
+)
+def test_a_fingerprint_changes_with_everything_that_decides_an_output(model: Path, change: Change) -> None:
+    before = describe(str(model)).fingerprint
+    change(model)
+    assert describe(str(model)).fingerprint != before
+
+
+def test_an_ideal_model_is_decided_by_the_members_alone(tmp_path: Path, save_pictures: Save) -> None:
+    one, other = save_pictures(tmp_path / "one", 8, 8, each=2), save_pictures(tmp_path / "other", 8, 8, each=2)
+    before = describe(f"ideal:{one}")
+    assert (before.images, before.family, before.profile) == (str(one), "ideal", Profile((8, 8), 1))
+    (other / "nonmember" / "0.png").unlink()
+    assert describe(f"ideal:{other}").fingerprint == before.fingerprint
+    (other / "member" / "0.png").unlink()
+    assert describe(f"ideal:{other}").fingerprint != before.fingerprint
+
+
+def test_an_ideal_model_needs_a_set_with_members(tmp_path: Path, save_pictures: Save) -> None:
+    folder = save_pictures(tmp_path / "set", 8, 8, each=1)
+    shutil.rmtree(folder / "member")
+    with pytest.raises(InputError, match="has no members"):
+        describe(f"ideal:{folder}")
+    with pytest.raises(InputError, match="no image set or folder ''"):
+        describe("ideal:")
+
+
+# Built-in models
+
+
+@pytest.fixture
+def shipped(pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A built-in model that was kept after two epochs."""
+    folder = tmp_path / "models" / "tiny"
+    for epoch in (50, 100):
+        shutil.copytree(pipeline, folder / f"epoch-{epoch:04d}")
+    weights(lambda data: data[:-1] + b"\0")(folder / "epoch-0050")
+    card = {"name": "tiny", "images": "digits", "recipe": {"snapshots": [50, 100], "default": 100}}
+    (folder / "card.json").write_text(json.dumps(card))
+    monkeypatch.setattr(catalog, "MODELS", tmp_path / "models")
+    return "tiny"
+
+
+def test_a_built_in_model_is_its_default_epoch_unless_another_is_named(shipped: str) -> None:
+    assert catalog.epochs(shipped) == [50, 100]
+    assert describe("tiny").fingerprint == describe("tiny@100").fingerprint != describe("tiny@50").fingerprint
+    assert [describe(name).name for name in ("tiny", "tiny@50")] == ["tiny", "tiny@50"]
+    assert describe("tiny").images == "digits"
+
+
+@pytest.mark.parametrize("epoch", ["51", "x", "-50", "50.0", "\N{SUPERSCRIPT TWO}", "50@100"])
+def test_an_epoch_that_was_not_kept_is_refused_with_those_that_were(shipped: str, epoch: str) -> None:
+    with pytest.raises(InputError, match=r"kept are 50, 100\."):
+        describe(f"{shipped}@{epoch}")
+
+
+def test_every_shipped_model_is_what_its_card_says() -> None:
+    cards = catalog.built_in()
+    assert cards
+    for name, card in cards.items():
+        for file, digest in card["files"].items():
+            assert hashlib.sha256((catalog.MODELS / name / file).read_bytes()).hexdigest() == digest, file
+        models = [describe(name), *(describe(f"{name}@{epoch}") for epoch in catalog.epochs(name))]
+        assert {model.parameters for model in models} == {card["parameters"]}
+        assert len({model.fingerprint for model in models}) == len(catalog.epochs(name))
+        assert open_images(card["images"]).with_role("member").digest == card["members_digest"]
+
+
+# Hugging Face
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionError("offline"),
+        OSError(28, "No space left on device"),
+        LocalEntryNotFoundError("nothing here"),
+        HFValidationError("no such name"),
+        HfHubHTTPError.__new__(HfHubHTTPError, "404 Client Error"),
+        RuntimeError("a kind that the client may invent tomorrow"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_repository_that_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(*_: object, **__: object) -> str:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(InputError, match="'owner/name' is no folder here and cannot be fetched from Hugging Face"):
+        describe("owner/name")
+
+
+def test_of_a_repository_only_configurations_and_safetensors_are_fetched(
+    pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {}
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        asked[name] = allow_patterns
+        return str(pipeline)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert describe("owner/name").fingerprint == describe(str(pipeline)).fingerprint
+    patterns = asked["owner/name"]
+
+    def fetched(file: str) -> bool:
+        return any(fnmatch(file, pattern) for pattern in patterns)
+
+    needed = [str(path.relative_to(pipeline)) for path in pipeline.rglob("*") if path.is_file()]
+    assert needed
+    assert all(map(fetched, needed))
+    assert all(map(fetched, ("config.json", "unet/diffusion_pytorch_model-00001-of-00002.safetensors")))
+    refused = ("unet/diffusion_pytorch_model.bin", "model.ckpt", "pipeline.py", "unet/my.py", "vae/model.safetensors")
+    assert not any(map(fetched, refused))
+
+
+# What must not be imported before it is needed
+
+HEAVY = """
+import sys
+heavy = {"torch", "diffusers", "transformers", "sklearn", "streamlit"} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+def run_alone(code: str, *arguments: str) -> None:
+    command = [sys.executable, "-c", code + HEAVY, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 0, done.stderr
+
+
+def test_describing_a_model_and_planning_a_run_import_no_torch(pipeline: Path, pictures: Path) -> None:
+    code = """
+import sys
+from oms_core import catalog, run
+catalog.describe("ideal:digits")
+planned = run.plan(run.Run(model=sys.argv[1], images=sys.argv[2]))
+assert run.lookup(planned) == {}
+"""
+    run_alone(code, str(pipeline), str(pictures))
+
+
+def test_the_light_half_of_the_engine_imports_nothing_heavy() -> None:
+    run_alone("import oms_core.run, oms_core.attacks, oms_core.search, oms_core.ddim, oms_core.cache, oms_core.images")
+
+
+def test_the_check_for_heavy_imports_sees_them() -> None:
+    with pytest.raises(AssertionError, match="torch"):
+        run_alone("import torch")
