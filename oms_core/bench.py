@@ -56,16 +56,15 @@ def calls_per_batch(planned: Plan, denoiser: Denoiser, batch: int) -> int:
 
 
 def overhead(planned: Plan, denoiser: Denoiser, batch: int, calls: int) -> float:
-    """Time of scoring over time of as many bare forwards of the same batches: the median of paired rounds."""
+    """Time of scoring over time of as many bare forwards of the same batches, in turn; the fastest round of each."""
     forward = bare_forward(denoiser, batch)
     count = calls * -(-len(planned.images) // batch)
-    ratios = []
-    for _ in range(ROUNDS + 1):
+    scoring, bare = [], []
+    for _ in range(ROUNDS):
         with empty_cache():
-            scoring = timed(lambda: compute(planned))
-        bare = timed(lambda: [forward() for _ in range(count)])
-        ratios.append(scoring / bare)
-    return statistics.median(ratios[1:])  # the first round warms up
+            scoring.append(timed(lambda: compute(planned)))
+        bare.append(timed(lambda: [forward() for _ in range(count)]))
+    return min(scoring) / min(bare)
 
 
 def bare_forward(denoiser: Denoiser, batch: int) -> Callable[[], None]:

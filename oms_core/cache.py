@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from oms_core.images import ASSETS
 log = logging.getLogger(__name__)
 SHIPPED = ASSETS / "signals"
 FORMAT = "v1"
+STALE = 3600.0  # seconds
 
 
 def home() -> Path:
@@ -120,6 +122,14 @@ class Entry:
             if all(path.is_file() for path in parts):
                 manifest = {"content": content, "parts": {path.name: file_digest(path) for path in parts}}
                 replace_file(self.folder / "manifest.json", json.dumps(manifest, indent=1).encode())
+                sweep(self.folder)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes left half-written; whoever still writes here is younger."""
+    for path in folder.glob(".part-*"):
+        if time.time() - path.stat().st_mtime > STALE:
+            path.unlink(missing_ok=True)
 
 
 def read_finished(folder: Path, key: str) -> pd.DataFrame | None:
@@ -212,6 +222,9 @@ def replace_file(path: Path, data: bytes) -> None:
 
 
 def flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on disk; Windows flushes no folders."""
+    if os.name == "nt" and path.is_dir():
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from oms_core.decode import Profile
+from oms_core.decode import Profile, decode
 from oms_core.errors import InputError
 from oms_core.images import ASSETS, ImageSet, open_images
 
@@ -25,6 +25,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 MAX_CONFIG_BYTES = 2**20
 MAX_PARAMETERS = 20 * 10**9
 MAX_TIMESTEPS = 10_000
+IDEAL_SIDE = 64  # its pictures are no larger: it compares each with every member
 IDEAL_WIDTH = 0.25  # tau of the ideal denoiser, in units of pixels in [-1, 1]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PARTS_OF_WEIGHTS = "diffusion_pytorch_model-*-of-*.safetensors"
@@ -127,10 +128,9 @@ def ideal(images: ImageSet, name: str) -> Model:
 
 
 def native_profile(images: ImageSet) -> Profile:
-    """The size and the channels of a set's first picture."""
-    from oms_core.decode import decode
-
+    """The size and the channels of a set's first picture, large ones brought to `IDEAL_SIDE` pixels."""
     picture, _ = decode(images.read(images.table.index[0]))
+    picture.thumbnail((IDEAL_SIDE, IDEAL_SIDE))
     return Profile((picture.height, picture.width), 1 if picture.mode == "L" else 3)
 
 

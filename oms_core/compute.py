@@ -19,7 +19,7 @@ import pandas as pd
 from oms_core import cache
 from oms_core.attacks import Probe
 from oms_core.catalog import Model
-from oms_core.device import Placement, batch_size, place
+from oms_core.device import Placement, batch_size, fitting, place
 from oms_core.images import ImageSet
 from oms_core.run import (
     NORMS,
@@ -93,34 +93,40 @@ def compute(plan: Plan, tick: Tick | None = None) -> dict[str, pd.DataFrame]:
     rows = [plan.images.table.index[start : start + size] for start in range(0, len(plan.images), size)]
     variant = cache.Variant(placement.device, placement.dtype, batch, run.steps)
     entries = {task: cache.Entry(task.key, variant, len(rows)) for task in plan.tasks}
-    parts: dict[str, list[pd.DataFrame]] = {task.attack.name: [] for task in plan.tasks}
+    parts: dict[Task, list[pd.DataFrame]] = {task: [] for task in plan.tasks}
     done = 0
-    for shard, places in enumerate(rows):
-        images = replace(plan.images, table=plan.images.table.loc[places])
-        known = {task: entry.read(shard) for task, entry in entries.items()}
-        todo = [task for task in plan.tasks if known[task] is None]
-        fresh: dict[Task, list[pd.DataFrame]] = {task: [] for task in todo}
-        for signals in batches(denoiser, images, todo, batch, run):
-            for task, rows_of_batch in signals.items():
-                fresh[task].append(rows_of_batch)
-            done += len(next(iter(signals.values())))
-            report(tick, done, plan, {task.attack.name: rows for task, rows in signals.items()})
-        for task in todo:
-            known[task] = pd.concat(fresh[task], ignore_index=True)
-            entries[task].write(shard, known[task])
-        if not todo:
-            done += len(places)
-            report(tick, done, plan, {task.attack.name: known[task] for task in plan.tasks})
-        for task in plan.tasks:
-            parts[task.attack.name].append(known[task])
+    with fitting(placement, batch):
+        for shard, places in enumerate(rows):
+            images = replace(plan.images, table=plan.images.table.loc[places])
+            for signals in shard_of(denoiser, images, entries, shard, batch, run):
+                for task, came_in in signals.items():
+                    parts[task].append(came_in)
+                done += len(next(iter(signals.values())))
+                if tick:
+                    tick(Progress(done, len(plan.images), {task.attack.name: rows for task, rows in signals.items()}))
     for task, entry in entries.items():
         entry.finish(task.content)
-    return {name: pd.concat(frames, ignore_index=True) for name, frames in parts.items()}
+    return {task.attack.name: pd.concat(frames, ignore_index=True) for task, frames in parts.items()}
 
 
-def report(tick: Tick | None, done: int, plan: Plan, signals: dict[str, pd.DataFrame]) -> None:
-    if tick:
-        tick(Progress(done, len(plan.images), signals))
+def shard_of(
+    denoiser: Denoiser, images: ImageSet, entries: dict[Task, cache.Entry], shard: int, batch: int, run: Run
+) -> Iterator[dict[Task, pd.DataFrame]]:
+    """The distances of a shard, every task in each piece: as a whole if finished, else batch by batch, then kept."""
+    kept = {task: rows for task, entry in entries.items() if (rows := entry.read(shard)) is not None}
+    todo = [task for task in entries if task not in kept]
+    if not todo:
+        yield kept
+        return
+    fresh: dict[Task, list[pd.DataFrame]] = {task: [] for task in todo}
+    start = 0
+    for signals in batches(denoiser, images, todo, batch, run):
+        for task, rows in signals.items():
+            fresh[task].append(rows)
+        yield signals | {task: rows.iloc[start : start + batch] for task, rows in kept.items()}
+        start += batch
+    for task, frames in fresh.items():
+        entries[task].write(shard, pd.concat(frames, ignore_index=True))
 
 
 def automatic_batch(denoiser: Denoiser, placement: Placement) -> int:
@@ -141,8 +147,6 @@ def batches(
     denoiser: Denoiser, images: ImageSet, tasks: list[Task], batch: int, run: Run
 ) -> Iterator[dict[Task, pd.DataFrame]]:
     """The distances of each batch, the next one being decoded while the model works."""
-    if not tasks:
-        return
     groups = [images.table.index[start : start + batch] for start in range(0, len(images), batch)]
     with ThreadPoolExecutor(1) as reader:
         pending = reader.submit(read_batch, images, groups[0], denoiser, batch)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from oms_core.errors import InputError
@@ -69,6 +70,33 @@ def batch_size(placement: Placement, forward: Callable[[int], None]) -> int:
                 raise
             size //= 2
     raise InputError(f"Not even one picture fits into the memory of {placement.device}; use another device.")
+
+
+@contextmanager
+def fitting(placement: Placement, batch: int) -> Iterator[None]:
+    """Turn a lack of memory into a sentence. The batch is never made smaller silently: that would change scores.
+
+    Raises:
+        InputError: in place of the device's own error.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        release(placement)
+        less = f"run again with a batch size of {batch // 2}" if batch > 1 else "use another device"
+        raise InputError(f"{placement.device} ran out of memory at {batch} pictures at once; {less}.") from None
+
+
+def release(placement: Placement) -> None:
+    """Give back what a failed run left reserved on a GPU."""
+    import torch
+
+    if placement.device == "cuda":
+        torch.cuda.empty_cache()
+    elif placement.device == "mps":
+        torch.mps.empty_cache()
 
 
 def out_of_memory(error: BaseException) -> bool:

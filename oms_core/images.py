@@ -16,6 +16,7 @@ from oms_core.errors import InputError
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 BUILT_IN = ("digits", "fashion")
+READ_ONLY = os.O_RDONLY | sum(getattr(os, flag, 0) for flag in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
 ROLES = ("member", "nonmember", "auxiliary")
 TRUE_WORDS, FALSE_WORDS = ("1", "true", "yes", "member"), ("0", "false", "no", "nonmember", "non-member")
 
@@ -230,7 +231,7 @@ def read_regular(path: Path) -> bytes:
         InputError: it cannot be opened, is not a regular file, or is too large.
     """
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_CLOEXEC", 0))
+        handle = os.open(path, READ_ONLY)
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             os.close(handle)
             raise InputError("not a regular file")

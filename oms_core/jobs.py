@@ -43,22 +43,34 @@ class Job:
         error: one sentence, if it failed.
     """
 
-    def __init__(self, key: str, work: Callable[[Tick], Any]) -> None:
+    def __init__(self, key: str, work: Callable[[Tick], Any], viewer: str = "") -> None:
         self.key, self.work = key, work
         self.state, self.error = "queued", ""
         self.done, self.total = 0, 0
         self.signals: dict[str, list[pd.DataFrame]] = {}
         self.started = self.ended = time.monotonic()
         self.cancelled = False
-        self.touch()
+        self.seen: dict[str, float] = {}  # when each viewer last looked
+        self.touch(viewer)
 
-    def touch(self) -> None:
+    def touch(self, viewer: str = "") -> None:
         """Say that somebody still looks."""
-        self.touched = time.monotonic()
+        self.seen[viewer] = time.monotonic()
 
     def cancel(self) -> None:
         """Stop within a batch; what is finished is kept."""
         self.cancelled = True
+
+    def leave(self, viewer: str) -> bool:
+        """A viewer asks to stop: granted at once, unless somebody else still looks.
+
+        Returns:
+            Whether the job stops.
+        """
+        self.seen.pop(viewer, None)
+        if self.abandoned:
+            self.cancel()
+        return self.cancelled
 
     @property
     def live(self) -> bool:
@@ -66,7 +78,7 @@ class Job:
 
     @property
     def abandoned(self) -> bool:
-        return self.cancelled or time.monotonic() - self.touched > PATIENCE
+        return self.cancelled or all(time.monotonic() - seen > PATIENCE for seen in list(self.seen.values()))
 
     @property
     def rate(self) -> float:
@@ -90,12 +102,13 @@ class Service:
         self.running: Job | None = None
         self.worker: threading.Thread | None = None
 
-    def submit(self, key: str, work: Callable[[Tick], Any]) -> Job:
+    def submit(self, key: str, work: Callable[[Tick], Any], viewer: str = "") -> Job:
         """Start a job, or join the one with this key that is under way (and is not being stopped) or done.
 
         Args:
             key: equal keys mean equal work.
             work: called with a tick that it must call after each batch.
+            viewer: who asks, see `Job.touch`.
 
         Raises:
             InputError: too many jobs are waiting.
@@ -106,13 +119,13 @@ class Service:
             if job is None or job.cancelled or job.state in ("cancelled", "failed"):
                 if len(self.queue) >= WAITING:
                     raise InputError(f"{WAITING} runs are waiting; try again when some have finished.")
-                job = Job(key, work)
+                job = Job(key, work, viewer)
                 self.jobs[key] = job
                 self.jobs.move_to_end(key)
                 self.queue.append(job)
                 self._forget()
                 self._wake()
-            job.touch()
+            job.touch(viewer)
             return job
 
     def ask(self, work: Callable[[], Any]) -> Any:

@@ -6,7 +6,7 @@ tables. Nothing here imports torch; `oms_core.compute` is the slow half.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -114,6 +114,8 @@ def timestep(attack: Attack, run: Run, model: Model) -> int:
     t = run.t if run.t is not None else shown.get(attack.name, attack.t)
     if t + attack.reach >= model.timesteps:
         highest = model.timesteps - 1 - attack.reach
+        if highest < 0:
+            raise InputError(f"{model.name} has only {model.timesteps} timesteps, too few for {attack.name}.")
         raise InputError(f"{attack.name} at t = {t} asks {model.name} beyond its last timestep; use at most {highest}.")
     return t
 
@@ -148,8 +150,8 @@ def lookup(plan: Plan) -> dict[str, pd.DataFrame]:
 
 
 def fits(variant: cache.Variant, run: Run) -> bool:
-    """Whether a kept result is what a run asks for; what the run leaves open may be anything."""
-    asked = ((run.device, variant.device), (run.dtype, variant.dtype), (run.batch, variant.batch))
+    """Whether a kept result is what a run asks for; a device or batch size that it leaves open may be any."""
+    asked = ((run.device, variant.device), (run.dtype or DTYPES[0], variant.dtype), (run.batch, variant.batch))
     return variant.steps >= run.steps and all(not wanted or wanted == kept for wanted, kept in asked)
 
 
@@ -262,8 +264,9 @@ def lookup_trace(planned: Plan, image: str) -> Trace | None:
     if not planned.images.table.image.eq(image).any():
         raise InputError(f"{planned.images.name} has no picture {image[:12]!r}; pick one from the list.")
     key = cache.key_of(trace_content(planned.tasks[0], image))
+    one = replace(planned.run, batch=1)  # traces are computed picture by picture
     for variant, folder in cache.variants(key):
-        if variant.steps >= planned.run.steps:
+        if fits(variant, one):
             rows = cache.read_finished(folder, key)
             if rows is not None:
                 return Trace.from_rows(rows, planned.run.steps)

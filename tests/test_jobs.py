@@ -549,3 +549,22 @@ def test_a_live_job_is_never_forgotten(
     work.go()
     assert ended(job).state == "done"
     assert Service().find("key") is None
+
+
+def test_a_viewer_who_leaves_does_not_stop_what_another_watches() -> None:
+    service, started, go_on = Service(), threading.Event(), threading.Event()
+
+    def work(tick: Tick) -> None:
+        started.set()
+        go_on.wait(30)
+        tick(Progress(1, 1, {}))
+
+    job = service.submit("key", work, "first")
+    assert service.submit("key", work, "second") is job
+    assert started.wait(30)
+    assert not job.leave("first")
+    assert not job.cancelled
+    assert job.leave("second")
+    go_on.set()
+    service.ask(lambda: None)
+    assert job.state == "cancelled"

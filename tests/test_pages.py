@@ -141,12 +141,16 @@ def test_a_running_job_shows_its_progress_and_what_has_come_in(page: str) -> Non
         half_way.set()
         go_on.wait(60)
 
-    job = SERVICE.submit(job_key(plan(run)), work)
+    job = SERVICE.submit(job_key(plan(run)), work, "somebody else")
     assert half_way.wait(60)
     test = opened(page, t="70", limit="40")
     assert not test.exception
     assert [button for button in test.button if button.label == "Cancel"]
     assert "30 of 40 pictures" in words(test) or "So far" in words(test)
+    next(button for button in test.button if button.label == "Cancel").click().run()
+    assert not job.cancelled  # somebody else still watches
+    job.leave("somebody else")
+    assert not job.cancelled  # and so does this page
     next(button for button in test.button if button.label == "Cancel").click().run()
     assert job.cancelled
     go_on.set()

@@ -164,7 +164,6 @@ def signals(run: Run, what: str) -> tuple[Plan, dict[str, pd.DataFrame], bool]:
     job = SERVICE.find(key)
     done = job is not None and job.state == "done"
     if job is not None and job.live:
-        job.touch()
         watch(key)
     elif done:
         st.caption("These results could not be kept on disk; they last as long as the app runs.")
@@ -176,7 +175,13 @@ def signals(run: Run, what: str) -> tuple[Plan, dict[str, pd.DataFrame], bool]:
 
 def job_key(planned: Plan) -> str:
     """Equal work has an equal key, whoever asks."""
-    return " ".join([*(task.key for task in planned.tasks), str(planned.run.steps)])
+    run = planned.run
+    return " ".join([*(task.key for task in planned.tasks), str((run.steps, run.device, run.dtype, run.batch))])
+
+
+def viewer() -> str:
+    """A name for this session, to know who still looks at a job."""
+    return st.session_state.setdefault("viewer", uuid.uuid4().hex)
 
 
 def offer(planned: Plan, job: Job | None, what: str, key: str) -> None:
@@ -193,7 +198,7 @@ def offer(planned: Plan, job: Job | None, what: str, key: str) -> None:
     if right.button("Run", type="primary", key=f"run {what}", width="stretch"):
         with guarded():
             run = planned.run
-            SERVICE.submit(key, lambda tick: score(run, tick))
+            SERVICE.submit(key, lambda tick: score(run, tick), viewer())
             st.rerun()
 
 
@@ -203,14 +208,14 @@ def watch(key: str) -> None:
     job = SERVICE.find(key)
     if job is None or not job.live:
         st.rerun()
-    job.touch()
+    job.touch(viewer())
     left, right = st.columns([4, 1], vertical_alignment="center")
     if job.state == "queued":
         left.progress(0.0, f"Waiting; {SERVICE.position(job)} runs go first.")
     else:
         left.progress(job.done / max(1, job.total), progress_sentence(job))
-    if right.button("Cancel", key="cancel", width="stretch"):
-        job.cancel()
+    if right.button("Cancel", key="cancel", width="stretch") and not job.leave(viewer()):
+        st.toast("Somebody else watches this run, so it goes on.")
     seen = st.session_state.get("seen progress", {})
     if job.done != seen.get(key) and time.monotonic() - st.session_state.get("seen at", 0) > 2:
         st.session_state["seen progress"], st.session_state["seen at"] = {key: job.done}, time.monotonic()
