@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from oms_core.attacks import COMPARED
-from oms_core.compute import automatic_batch, compute, loaded, probe_of, search
+from oms_core.compute import Progress, automatic_batch, compute, loaded, probe_of, search
 from oms_core.denoiser import Denoiser
 from oms_core.device import place
 from oms_core.run import Plan, Run, plan
@@ -56,15 +56,25 @@ def calls_per_batch(planned: Plan, denoiser: Denoiser, batch: int) -> int:
 
 
 def overhead(planned: Plan, denoiser: Denoiser, batch: int, calls: int) -> float:
-    """Time of scoring over time of as many bare forwards of the same batches, in turn; the fastest round of each."""
+    """Time of scoring over time of as many bare forwards of the same batches.
+
+    The forwards are made in the same run, as many after each batch as the batch took, so that both meet the same
+    machine; what is left of the run's time is the scoring.
+    """
     forward = bare_forward(denoiser, batch)
-    count = calls * -(-len(planned.images) // batch)
-    scoring, bare = [], []
-    for _ in range(ROUNDS):
-        with empty_cache():
-            scoring.append(timed(lambda: compute(planned)))
-        bare.append(timed(lambda: [forward() for _ in range(count)]))
-    return min(scoring) / min(bare)
+    forward()
+    bare = 0.0
+
+    def tick(_: Progress) -> None:
+        nonlocal bare
+        bare += timed(lambda: [forward() for _ in range(calls)])
+
+    def rounds() -> None:
+        for _ in range(ROUNDS):
+            with empty_cache():
+                compute(planned, tick)
+
+    return (timed(rounds) - bare) / bare
 
 
 def bare_forward(denoiser: Denoiser, batch: int) -> Callable[[], None]:
