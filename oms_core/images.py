@@ -58,6 +58,12 @@ class ImageSet:
         kept = turn.sort_values(kind="stable").index[:count]
         return replace(self, table=self.table.loc[self.table.index.isin(kept)])
 
+    def mixed(self) -> "ImageSet":
+        """The same pictures with the roles evenly mixed, so that the first part of the set is like the whole."""
+        roles = self.table.groupby("role").role
+        place = (roles.cumcount() + 0.5) / roles.transform("size")
+        return replace(self, table=self.table.loc[place.sort_values(kind="stable").index])
+
     def pixels(self, profile: Profile) -> np.ndarray:
         """All pictures as a model sees them, (N, H, W, C) uint8."""
         if not len(self):

@@ -81,7 +81,7 @@ def plan(run: Run) -> Plan:
     name = run.images or model.images
     if not name:
         raise InputError(f"{run.model} brings no pictures of its own; name an image set with --images.")
-    images = open_images(name).with_role("member", "nonmember").limit(run.limit)
+    images = open_images(name).with_role("member", "nonmember").limit(run.limit).mixed()
     if not len(images):
         raise InputError(f"{name} has neither members nor non-members, so there is nothing to compare.")
     return Plan(run, model, images, tuple(task(attack, run, model, images) for attack in attacks_of(run)))

@@ -121,10 +121,9 @@ def picked(rows: pd.DataFrame, planned: Plan) -> None:
         f"**{row.file}**, a {kind}; label {row.label}. Residuals: {', '.join(f'{v:.2f}' for v in path[:5])} ..."
     )
     other = planned.images.table[planned.images.table.role != row.role].image.iloc[0]
-    right.button(
-        "Step its search", on_click=update, kwargs={"first": image[:12], "second": other[:12], "step": 0}, key="to step"
-    )
-    right.page_link("pages/1_Step_the_search.py", label="then open Step the search", icon=":material/directions_walk:")
+    if right.button("Step its search", icon=":material/directions_walk:"):
+        update(first=image[:12], second=other[:12], step=0)
+        st.switch_page("pages/1_Step_the_search.py")
 
 
 def main() -> None:

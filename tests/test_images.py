@@ -363,3 +363,11 @@ def test_a_digest_is_decided_by_the_pictures_and_their_order_alone(tmp_path: Pat
     other = open_images(str(folder_of(tmp_path / "four", {"member/a.png": A, "nonmember/b.png": C})))
     assert one.digest == same.digest
     assert len({one.digest, turned.digest, other.digest}) == 3
+
+
+def test_a_mixed_set_holds_the_same_pictures_and_each_part_is_like_the_whole() -> None:
+    images = open_images("digits").with_role("member", "nonmember")
+    mixed = images.mixed()
+    assert sorted(mixed.table.index) == sorted(images.table.index)
+    for start in range(0, len(mixed) - 64, 64):
+        assert abs(mixed.table.role.iloc[start : start + 64].eq("member").mean() - 600 / 1600) < 0.02

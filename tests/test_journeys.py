@@ -178,8 +178,8 @@ def test_a_click_on_an_outlier_opens_its_picture(visitor: Visitor) -> None:
         break
     visitor.says("Residuals:")
     visitor.shoot("convergence")
-    visitor.press("Step its search")
-    visitor.go("Step the search")
+    visitor.page.get_by_role("button", name="Step its search").click()
+    visitor.page.get_by_role("heading", name="Step the search", exact=True).wait_for()
     visitor.says("Press Step")
 
 

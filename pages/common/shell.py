@@ -140,7 +140,7 @@ def guarded() -> Iterator[None]:
 
 def show(chart: Chart, key: str, caption: str = "") -> None:
     """A chart with the sentence that stands for it, and its table."""
-    st.plotly_chart(chart.figure, key=key, alt=chart.alt, config={"displaylogo": False})
+    st.plotly_chart(chart.figure, key=key, alt=chart.alt, config={"displayModeBar": False})
     st.caption(caption or chart.alt)
     with st.expander("Table"):
         st.dataframe(chart.table, hide_index=True)
