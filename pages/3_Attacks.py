@@ -147,17 +147,18 @@ def main() -> None:
         shown = replace(planned, tasks=tuple(task for task in planned.tasks if task.attack.name in known))
         table = metrics.check_scores(scores(shown, known))
         n = 2 if more else 1
-        if complete:
-            rows = evaluation(tuple(task.key for task in shown.tasks), STEPS, shown, table)
-            verdict(rows, n)
-            if more:
-                explanation(rows, shown, known)
-            st.dataframe(overview(rows, 2), hide_index=True, column_config=number_columns())
-        else:
-            st.info(
-                f"So far: {table.image.nunique()} of {len(planned.images)} pictures. The table comes with the last one."
-            )
+        head = st.container()  # filled below: the curves are there sooner than the intervals
         show(curves(table, n), "roc")
+        with head:
+            if complete:
+                rows = evaluation(tuple(task.key for task in shown.tasks), STEPS, shown, table)
+                verdict(rows, n)
+                if more:
+                    explanation(rows, shown, known)
+                st.dataframe(overview(rows, 2), hide_index=True, column_config=number_columns())
+            else:
+                count = table.image.nunique()
+                st.info(f"{count} of {len(planned.images)} pictures so far; the table comes with the last.")
         if context.attack in known:
             closely(table, planned, context, n)
 

@@ -23,7 +23,7 @@ from pages.common import context as chosen
 from pages.common.context import Context, current
 
 log = logging.getLogger(__name__)
-WARM_UP_AFTER = 4.0  # seconds: behind the first paint
+WARM_UP_AFTER = 2.0  # seconds
 PAGES = (
     ("app.py", "Start", ":material/home:"),
     ("pages/1_Step_the_search.py", "Step the search", ":material/directions_walk:"),
@@ -37,7 +37,6 @@ def begin(title: str, question: str) -> Context:
     st.set_page_config(page_title=f"{title} - OMS Explorer", page_icon=str(ASSETS / "icon.svg"), layout="wide")
     st.title(title)
     st.markdown(f"*{question}*")
-    warm_up()
     try:
         if not catalog.built_in():
             raise InputError("The folder assets/models is empty; restore it by git checkout assets, then reload.")
@@ -63,7 +62,7 @@ def links() -> None:
 
 @st.cache_resource
 def warm_up() -> threading.Timer:
-    """Import the slow libraries behind the first paint, once per server."""
+    """Import the slow libraries once there is something to compute, behind the paint of the page that offers it."""
     timer = threading.Timer(WARM_UP_AFTER, import_slow_libraries)
     timer.daemon = True
     timer.start()
@@ -186,6 +185,7 @@ def viewer() -> str:
 
 def offer(planned: Plan, job: Job | None, what: str, key: str) -> None:
     """Say that something must be computed first, what became of the last try, and how to start."""
+    warm_up()
     if job is not None and job.state == "failed":
         st.error(job.error)
     elif job is not None and job.state == "cancelled":
