@@ -142,7 +142,7 @@ def show(chart: Chart, key: str, caption: str = "") -> None:
     st.plotly_chart(chart.figure, key=key, alt=chart.alt, config={"displayModeBar": False})
     st.caption(caption or chart.alt)
     with st.expander("Table"):
-        st.dataframe(chart.table, hide_index=True)
+        st.table(chart.table, hide_index=True)
 
 
 def signals(run: Run, what: str) -> tuple[Plan, dict[str, pd.DataFrame], bool]:
