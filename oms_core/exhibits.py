@@ -77,11 +77,16 @@ def members(planned: Plan, signal: pd.DataFrame) -> Any:
 def roc(planned: Plan, signals: Signals, scale: str = "linear") -> Chart:
     """Figure D.1, or D.2 on log scales: ROC curves without and with OMS."""
     table = metrics.check_scores(scores(planned, signals))
-    curves = {}
-    for (attack, n), rows in table[table.n <= 2].groupby(["attack", "n"], sort=False):
+    return curves(table[table.n <= 2], (scale,))
+
+
+def curves(table: pd.DataFrame, scales: tuple[str, ...]) -> Chart:
+    """The ROC curve of every attack and n in a score table, a panel for each scale."""
+    found = {}
+    for (attack, n), rows in table.groupby(["attack", "n"], sort=False):
         values, member = rows.score.to_numpy(), rows.member.to_numpy()
-        curves[attack, n] = metrics.roc(values, member), metrics.auc(values, member)
-    return figures.roc_curves(curves, (scale,))
+        found[attack, n] = metrics.roc(values, member), metrics.auc(values, member)
+    return figures.roc_curves(found, scales)
 
 
 def log_roc(planned: Plan, signals: Signals) -> Chart:

@@ -8,13 +8,12 @@ from oms_core import figures, metrics
 from oms_core.attacks import ATTACKS
 from oms_core.exhibits import dimension
 from oms_core.run import Plan, residuals
-from pages.common.context import Context, control, update
+from pages.common.context import Context, control, including, update
 from pages.common.pictures import thumbnail
-from pages.common.shell import begin, guarded, show, signals
+from pages.common.shell import begin, guarded, show, signals, timestep
 
 STEPS = 10
 SIZES = [100, 300, 1000, None]
-TIMESTEPS = [None, 20, 50, 100, 150, 200, 250, 300, 350, 400]
 
 
 def controls() -> None:
@@ -23,13 +22,10 @@ def controls() -> None:
     with left:
         control(st.selectbox, "Search", "attack", options=list(ATTACKS), format_func=lambda name: ATTACKS[name].title)
     with middle:
-        control(
-            st.select_slider, "Timestep t", "t", options=TIMESTEPS,
-            format_func=lambda t: "as on the model's card" if t is None else str(t),
-        )  # fmt: skip
+        timestep()
     with right:
         control(
-            st.select_slider, "Pictures", "limit", options=SIZES,
+            st.select_slider, "Pictures", "limit", options=including(SIZES, "limit"),
             format_func=lambda size: "all" if size is None else str(size),
             help="Half of them members.",
         )  # fmt: skip

@@ -7,13 +7,12 @@ import streamlit as st
 
 from oms_core import figures, metrics
 from oms_core.attacks import ATTACKS, COMPARED
-from oms_core.exhibits import members
+from oms_core.exhibits import curves, members
 from oms_core.run import Plan, calls, column, scores
 from pages.common.context import RATES, Context, control, update
-from pages.common.shell import begin, guarded, show, signals
+from pages.common.shell import begin, guarded, show, signals, timestep
 
 STEPS = 3
-TIMESTEPS = [None, 20, 50, 100, 150, 200, 250, 300, 350, 400]
 
 
 def flip() -> None:
@@ -25,10 +24,7 @@ def controls() -> None:
     """The choices of this page."""
     left, middle, right = st.columns(3, vertical_alignment="bottom")
     with left:
-        control(
-            st.select_slider, "Timestep t", "t", options=TIMESTEPS,
-            format_func=lambda t: "as on the model's card" if t is None else str(t),
-        )  # fmt: skip
+        timestep()
     with middle:
         control(
             st.selectbox, "Look closely at", "attack", options=list(ATTACKS), format_func=lambda a: ATTACKS[a].title
@@ -100,15 +96,6 @@ def explanation(rows: list[dict], planned: Plan, known: dict[str, pd.DataFrame])
     )
 
 
-def curves(table: pd.DataFrame, n: int) -> figures.Chart:
-    """ROC curves of every attack, dotted without OMS and solid with."""
-    found = {}
-    for (attack, k), rows in table[table.n.isin({1, n})].groupby(["attack", "n"], sort=False):
-        values, member = rows.score.to_numpy(), rows.member.to_numpy()
-        found[attack, k] = metrics.roc(values, member), metrics.auc(values, member)
-    return figures.roc_curves(found, ("linear", "log"))
-
-
 def closely(table: pd.DataFrame, planned: Plan, context: Context, n: int) -> None:
     """One attack: its scores, who is caught, and whom OMS corrects or newly gets wrong."""
     own = table[(table.attack == context.attack) & table.n.isin({1, max(2, n)})]
@@ -148,7 +135,7 @@ def main() -> None:
         table = metrics.check_scores(scores(shown, known))
         n = 2 if more else 1
         head = st.container()  # filled below: the curves are there sooner than the intervals
-        show(curves(table, n), "roc")
+        show(curves(table[table.n.isin({1, n})], ("linear", "log")), "roc")
         with head:
             if complete:
                 rows = evaluation(tuple(task.key for task in shown.tasks), STEPS, shown, table)

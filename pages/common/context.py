@@ -132,6 +132,12 @@ def update(**changes: Any) -> None:
     write(replace(st.session_state.get(STATE, Context()), **changes))
 
 
+def including(options: list[int | None], name: str) -> list[int | None]:
+    """A slider's numbers with the chosen one among them; None stays at its end."""
+    numbers = sorted({option for option in (*options, getattr(st.session_state[STATE], name)) if option is not None})
+    return [None, *numbers] if options[0] is None else [*numbers, None]
+
+
 def control(widget: Callable[..., Any], label: str, name: str, **options: Any) -> Any:
     """A widget for one field of the context."""
     key = f"control {name}"

@@ -20,9 +20,10 @@ from oms_core.images import ASSETS
 from oms_core.jobs import SERVICE, Job
 from oms_core.run import Plan, Run, lookup, plan
 from pages.common import context as chosen
-from pages.common.context import Context, current
+from pages.common.context import Context, control, current, including
 
 log = logging.getLogger(__name__)
+TIMESTEPS = [None, 20, 50, 100, 150, 200, 250, 300, 350, 400]
 WARM_UP_AFTER = 2.0  # seconds
 PAGES = (
     ("app.py", "Start", ":material/home:"),
@@ -118,6 +119,14 @@ def about(model: catalog.Model) -> str:
         f"A small DDPM ({model.parameters / 1e6:.2f} million parameters, {height} x {width}), trained for "
         f"{minutes:.0f} minutes on {members} pictures of {model.images}: the members. The split is ours, so we know."
     )
+
+
+def timestep() -> None:
+    """The timestep of every attack, or of each its own."""
+    control(
+        st.select_slider, "Timestep t", "t", options=including(TIMESTEPS, "t"),
+        format_func=lambda t: "as on the model's card" if t is None else str(t),
+    )  # fmt: skip
 
 
 @contextmanager
