@@ -188,7 +188,7 @@ def job_key(planned: Plan) -> str:
 
 
 def viewer() -> str:
-    """A name for this session, to know who still looks at a job."""
+    """A name for this visitor, to know who still looks at a job."""
     return st.session_state.setdefault("viewer", uuid.uuid4().hex)
 
 
