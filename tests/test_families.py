@@ -312,7 +312,7 @@ def test_at_most_two_models_stay_in_memory(tmp_path: Path, save_pipeline: Save, 
 
 TOY = '''
 import torch
-from oms_core.families.ddpm import Diffused
+from oms_core.families.base import Diffused
 
 class Toy(Diffused):
     """Shrinks every picture towards grey."""

@@ -19,7 +19,8 @@ from oms_core import compute, ddim
 from oms_core.attacks import ATTACKS, COMPARED, Probe
 from oms_core.attacks.pia import normalised
 from oms_core.cache import part, variants
-from oms_core.catalog import IDEAL_WIDTH, SCHEDULERS, describe
+from oms_core.catalog import IDEAL_WIDTH, describe
+from oms_core.folders import DIFFUSED
 from oms_core.compute import score
 from oms_core.decode import Profile
 from oms_core.denoiser import PREDICTION_TYPES, to_eps
@@ -73,7 +74,7 @@ def searched(name: str, t: int, n: int, on: Probe | None = None) -> Trajectory:
 # Schedules
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", DIFFUSED)
 @pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
 def test_coefficients_are_those_of_the_models_own_scheduler(name: str, beta_schedule: str) -> None:
     scheduler = getattr(diffusers, name)(beta_schedule=beta_schedule)

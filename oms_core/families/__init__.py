@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from oms_core.denoiser import Denoiser
     from oms_core.device import Placement
 
-FAMILIES = ("ddpm", "ideal")
+FAMILIES = ("ddpm", "uvit", "stable_diffusion", "transformer", "ideal")
 
 
 def load(model: Model, placement: Placement) -> Denoiser:

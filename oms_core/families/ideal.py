@@ -16,7 +16,7 @@ import torch
 
 from oms_core.catalog import IDEAL_WIDTH
 from oms_core.denoiser import to_eps
-from oms_core.families.ddpm import Diffused
+from oms_core.families.base import Diffused
 from oms_core.images import open_images
 
 if TYPE_CHECKING:

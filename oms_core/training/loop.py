@@ -1,59 +1,64 @@
 """Training the small models that are shipped: seeded, resumable, with a card that says how each was made.
 
 ``python -m oms_core train ddpm-digits`` trains on the members of the built-in set only, without
-augmentation, as research models that memorise are trained: epsilon prediction over uniformly drawn
-timesteps of the linear schedule with T = 1000 (Ho et al., 2020), AdamW, exponential moving average.
+augmentation, as research models that memorise are trained: AdamW without decay, warm-up and cosine,
+clipped gradients, exponential moving average. What is special to a kind of model is its `Subject`.
 """
 
 import json
 import os
 import platform
 import time
-from dataclasses import asdict, dataclass
+from copy import deepcopy
+from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import diffusers
 import numpy as np
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+import transformers
 from diffusers.training_utils import EMAModel
 from PIL import Image
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from tqdm import tqdm
 
 from oms_core.cards import write_card
-from oms_core.decode import Profile
 from oms_core.errors import InputError
-from oms_core.images import ASSETS, open_images
+from oms_core.images import ASSETS, ImageSet, open_images
+from oms_core.training.recipes import RECIPES, Recipe
 
-MODELS = ASSETS / "models"
 WORK = Path(".training")
+SHIPPED = {"captioner": ASSETS / "captioners", "autoencoder": WORK}  # everything else is a model
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that decides a training."""
+class Subject(Protocol):
+    """What is trained: a network, its loss, and how it is shipped.
 
-    images: str
-    size: int
-    blocks: tuple[int, ...]
-    epochs: int
-    snapshots: tuple[int, ...]  # epochs at which the averaged weights are kept, for Figure 2a
-    default: int  # the snapshot that the plain name of the model means
-    timesteps: dict[str, int]  # where an attack is shown on this model; by default at the paper's t
-    batch: int = 64
-    learning_rate: float = 1e-3
-    warm_up: int = 200  # steps
-    ema_decay: float = 0.999
-    seed: int = 0
+    Attributes:
+        module: the network; all its parameters are learned.
+    """
+
+    module: nn.Module
+
+    def loss(self, rows: Tensor, random: torch.Generator) -> Tensor:
+        """The mean loss of some pictures, given by their places in the set, (B,) int64."""
+
+    def save(self, module: nn.Module, folder: Path) -> None:
+        """Write a network like `module` in the format of its family."""
+
+    def samples(self, module: nn.Module) -> np.ndarray:
+        """A sheet of pictures that shows what it learned, (H, W) uint8."""
+
+    def facts(self, module: nn.Module) -> dict[str, Any]:
+        """What else its card should say."""
 
 
-DIGITS_TIMESTEPS = {"NA": 100, "PIA": 200, "PIAN": 100, "SecMI": 100, "SecMI-xt": 100}
-RECIPES = {
-    "ddpm-digits": Recipe("digits", 8, (32, 64), 1200, (100, 250, 450, 700, 1200), 450, DIGITS_TIMESTEPS),
-    "ddpm-fashion": Recipe("fashion", 28, (16, 48, 96), 500, (100, 200, 300, 400, 500), 400, {}, 32),
-}
+def subject_of(recipe: Recipe, images: ImageSet, part: Path | None) -> Subject:
+    """The subject of a recipe, with freshly drawn weights."""
+    return import_module(f"oms_core.training.{recipe.family}").Subject(recipe, images, part)
 
 
 def identity(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -66,21 +71,6 @@ def snapshot_folder(folder: Path, epoch: int) -> Path:
     return folder / f"epoch-{epoch:04d}"
 
 
-def network(recipe: Recipe) -> UNet2DModel:
-    """A small UNet with attention at its coarsest level."""
-    depth = len(recipe.blocks)
-    return UNet2DModel(
-        sample_size=recipe.size,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=recipe.blocks,
-        down_block_types=("DownBlock2D",) * (depth - 1) + ("AttnDownBlock2D",),
-        up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * (depth - 1),
-        norm_num_groups=8,
-    )
-
-
 class Training:
     """One training that can stop after any epoch and go on as if it had not.
 
@@ -91,34 +81,40 @@ class Training:
 
     def __init__(self, name: str, work: Path = WORK) -> None:
         self.name, self.recipe, self.checkpoint = name, RECIPES[name], work / f"{name}.pt"
+        self.images = open_images(self.recipe.images).with_role(self.recipe.role)
+        part = self.part(work) if self.recipe.part else None
         torch.manual_seed(self.recipe.seed)
-        self.unet = network(self.recipe)
-        members = open_images(self.recipe.images).with_role("member")
-        pixels = members.pixels(Profile((self.recipe.size, self.recipe.size), 1))
-        self.x_0 = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1  # (N, 1, H, W)
-        self.members = members.digest
-        self.schedule = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear", clip_sample=True)
-        self.optimizer = torch.optim.AdamW(self.unet.parameters(), self.recipe.learning_rate, weight_decay=0)
+        self.subject = subject_of(self.recipe, self.images, part)
+        self.parameters = list(self.subject.module.parameters())
+        self.optimizer = torch.optim.AdamW(self.parameters, self.recipe.learning_rate, weight_decay=0)
         self.rate = self.learning_rate_schedule()
-        self.ema = EMAModel(self.unet.parameters(), self.recipe.ema_decay, use_ema_warmup=True, power=3 / 4)
+        self.ema = EMAModel(self.parameters, self.recipe.ema_decay, use_ema_warmup=True, power=3 / 4)
         self.random = torch.Generator().manual_seed(self.recipe.seed)
         self.losses: list[float] = []  # the mean of each epoch
         self.seconds = 0.0
 
+    def part(self, work: Path) -> Path:
+        """The folder of the part that this training needs, trained now unless it is there."""
+        folder = Training(self.recipe.part, work).run(work)
+        return snapshot_folder(folder, RECIPES[self.recipe.part].default)
+
     def learning_rate_schedule(self) -> SequentialLR:
-        steps = self.recipe.epochs * -(-len(self.x_0) // self.recipe.batch)
+        steps = self.recipe.epochs * -(-len(self.images) // self.recipe.batch)
         warm = LinearLR(self.optimizer, 1 / self.recipe.warm_up, total_iters=self.recipe.warm_up)
         floor = 0.05 * self.recipe.learning_rate
         cosine = CosineAnnealingLR(self.optimizer, steps - self.recipe.warm_up, floor)
         return SequentialLR(self.optimizer, [warm, cosine], [self.recipe.warm_up])
 
-    def run(self, to: Path = MODELS) -> Path:
+    def run(self, to: Path | None = None) -> Path:
         """Train to the end, writing each snapshot, then the card; return the model's folder.
+
+        Args:
+            to: where the model's folder is made; by default where models of its kind are shipped.
 
         Raises:
             InputError: see `resume`; or a snapshot that the training has passed is not in the folder.
         """
-        folder = to / self.name
+        folder = (to or SHIPPED.get(self.recipe.family, ASSETS / "models")) / self.name
         self.resume()
         for epoch in self.recipe.snapshots:
             if epoch <= len(self.losses) and not snapshot_folder(folder, epoch).is_dir():
@@ -132,34 +128,31 @@ class Training:
             self.losses.append(self.epoch())
             self.seconds += time.monotonic() - started
             if epoch + 1 in self.recipe.snapshots:
-                self.snapshot(snapshot_folder(folder, epoch + 1))
+                self.subject.save(self.averaged().half(), snapshot_folder(folder, epoch + 1))
             if (epoch + 1) % 10 == 0 or epoch + 1 == self.recipe.epochs:
                 self.save()
         self.write_card(folder)
         return folder
 
     def epoch(self) -> float:
-        """One pass over the members in a fresh order; the mean loss."""
-        self.unet.train()
-        order = torch.randperm(len(self.x_0), generator=self.random)
-        return float(np.mean([self.step(self.x_0[rows]) for rows in order.split(self.recipe.batch)]))
+        """One pass over the pictures in a fresh order; the mean loss."""
+        self.subject.module.train()
+        order = torch.randperm(len(self.images), generator=self.random)
+        return float(np.mean([self.step(rows) for rows in order.split(self.recipe.batch)]))
 
-    def step(self, x_0: torch.Tensor) -> float:
-        """One step on Eq. 5, with x_0 of shape (B, 1, H, W) in [-1, 1]."""
-        eps = torch.randn(x_0.shape, generator=self.random)
-        t = torch.randint(1000, (len(x_0),), generator=self.random)
-        x_t = self.schedule.add_noise(x_0, eps, t)
-        loss = torch.nn.functional.mse_loss(self.unet(x_t, t).sample, eps)
+    def step(self, rows: Tensor) -> float:
+        """One step of the optimizer on some pictures."""
+        loss = self.subject.loss(rows, self.random)
         self.optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.unet.parameters(), 1)
+        nn.utils.clip_grad_norm_(self.parameters, 1)
         self.optimizer.step()
         self.rate.step()
-        self.ema.step(self.unet.parameters())
+        self.ema.step(self.parameters)
         return loss.item()
 
-    def stateful(self) -> dict:
-        return {"unet": self.unet, "optimizer": self.optimizer, "rate": self.rate, "ema": self.ema}
+    def stateful(self) -> dict[str, Any]:
+        return {"module": self.subject.module, "optimizer": self.optimizer, "rate": self.rate, "ema": self.ema}
 
     def save(self) -> None:
         """Write the checkpoint in one step, so that a kill leaves the old one or the new one."""
@@ -186,26 +179,23 @@ class Training:
         self.random.set_state(state["random"])
         self.losses, self.seconds = state["losses"], state["seconds"]
 
-    def averaged(self) -> UNet2DModel:
-        """A copy of the network with the averaged weights, in half precision as they are shipped."""
-        unet = network(self.recipe)
-        self.ema.copy_to(unet.parameters())
-        return unet.half().eval()
-
-    def snapshot(self, folder: Path) -> None:
-        """The averaged weights as a diffusers pipeline folder."""
-        DDPMPipeline(self.averaged(), self.schedule).save_pretrained(folder)
+    def averaged(self) -> nn.Module:
+        """A copy of the network with the averaged weights."""
+        module = deepcopy(self.subject.module)
+        self.ema.copy_to(module.parameters())
+        return module.eval()
 
     def write_card(self, folder: Path) -> None:
         """``samples.png`` and ``card.json``: data, recipe, loss curve, versions and the digest of each file."""
-        Image.fromarray(samples(self.averaged().float(), self.schedule, self.recipe)).save(folder / "samples.png")
+        module = self.averaged().half().float()  # as it is shipped
+        Image.fromarray(self.subject.samples(module)).save(folder / "samples.png")
         card = {
             "name": self.name,
-            "family": "ddpm",
+            "family": self.recipe.family,
             "images": self.recipe.images,
-            "members": len(self.x_0),
-            "members_digest": self.members,
-            "parameters": self.unet.num_parameters(),
+            f"{self.recipe.role}s": len(self.images),
+            f"{self.recipe.role}s_digest": self.images.digest,
+            "parameters": sum(parameter.numel() for parameter in self.parameters),
             "recipe": asdict(self.recipe),
             "loss": [round(loss, 5) for loss in self.losses],
             "minutes": round(self.seconds / 60, 1),
@@ -213,20 +203,8 @@ class Training:
                 "python": platform.python_version(),
                 "torch": torch.__version__,
                 "diffusers": diffusers.__version__,
+                "transformers": transformers.__version__,
                 "threads": torch.get_num_threads(),
             },
         }
-        write_card(folder, card)
-
-
-@torch.inference_mode()
-def samples(unet: UNet2DModel, schedule: DDPMScheduler, recipe: Recipe, rows: int = 4, columns: int = 16) -> np.ndarray:
-    """A sheet of pictures drawn from the model, (rows * H, columns * W) uint8."""
-    schedule = DDPMScheduler.from_config(schedule.config)
-    schedule.set_timesteps(250)
-    random = torch.Generator().manual_seed(recipe.seed)
-    x = torch.randn(rows * columns, 1, recipe.size, recipe.size, generator=random)
-    for t in schedule.timesteps:
-        x = schedule.step(unet(x, t).sample, t, x, generator=random).prev_sample
-    grey = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().reshape(rows, columns, recipe.size, recipe.size)
-    return grey.permute(0, 2, 1, 3).reshape(rows * recipe.size, columns * recipe.size).numpy()
+        write_card(folder, card | self.subject.facts(module))

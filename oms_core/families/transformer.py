@@ -1,0 +1,178 @@
+"""Latent transformers: DiT (Peebles & Xie, 2023), PixArt (Chen et al., 2024) and SD3 (Esser et al., 2024).
+
+SD3 is trained by flow matching (Lipman et al., 2023): x_t = (1 - s) x_0 + s eps, and the network predicts
+eps - x_0. A timestep t stands for the t-th noise level s of its own scheduler, from the smallest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DiTTransformer2DModel,
+    PixArtAlphaPipeline,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
+
+from oms_core.denoiser import to_eps
+from oms_core.families.base import (
+    Diffused,
+    PixelSpace,
+    latents,
+    load_network,
+    load_text_encoder,
+    scheduler_of,
+)
+from oms_core.files import read_json
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from oms_core.catalog import Model
+    from oms_core.device import Placement
+
+NETWORKS = {
+    kind.__name__: kind for kind in (DiTTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel)
+}
+TEXT_ENCODERS = {
+    "text_encoder": CLIPTextModelWithProjection,
+    "text_encoder_2": CLIPTextModelWithProjection,
+    "text_encoder_3": T5EncoderModel,
+}
+TOKENIZERS = {"tokenizer": CLIPTokenizer, "tokenizer_2": CLIPTokenizer, "tokenizer_3": T5Tokenizer}
+
+
+class Latent(PixelSpace):
+    """A transformer on an autoencoder's latents."""
+
+    def __init__(self, model: Model, placement: Placement) -> None:
+        super().__init__(model, placement)
+        self.vae = load_network(AutoencoderKL, model.parts["vae"], model.name, self.dtype).to(self.device)
+        network = load_network(NETWORKS[model.kind], model.parts["network"], model.name, self.dtype)
+        self.network = network.to(self.device)
+
+    def encode(self, pixels: np.ndarray) -> Tensor:
+        """Pixels of (B, H, W, C) uint8 as scaled latents, (B, c, h, w)."""
+        return latents(self.vae, super().encode(pixels))
+
+    def clock(self, time: float, count: int) -> Tensor:
+        """The network's time for each picture, (B,)."""
+        return torch.full((count,), time, device=self.device)
+
+
+class Dit(Latent, Diffused):
+    """A class-conditional DiT; a caption that names no class asks for the unconditional answer."""
+
+    def __init__(self, model: Model, placement: Placement) -> None:
+        super().__init__(model, placement)
+        index = read_json(model.parts["network"].parent / "model_index.json")
+        names = index.get("id2label") or {}
+        self.classes = {word.strip(): int(key) for key, words in names.items() for word in str(words).split(",")}
+        self.check(model.name)
+
+    def condition(self, captions: Sequence[str]) -> Tensor:
+        """The class that each caption names, by number or word, (B,)."""
+        none = self.network.config.num_embeds_ada_norm
+        numbers = [int(word) if word.isdecimal() else self.classes.get(word, none) for word in captions]
+        return torch.tensor([number if number < none else none for number in numbers], device=self.device)
+
+    def eps(self, x_t: Tensor, t: int, condition: Tensor) -> Tensor:
+        """eps_theta(x_t, t, class), without the learned variance."""
+        time = self.clock(t, len(x_t)).long()
+        output = self.network(x_t, timestep=time, class_labels=condition).sample[:, : x_t.shape[1]]
+        return to_eps(output, x_t, *self.coefficients(t), self.predicts)
+
+
+class PixArt(Latent, Diffused):
+    """A text-conditional PixArt."""
+
+    def __init__(self, model: Model, placement: Placement) -> None:
+        super().__init__(model, placement)
+        self.text = load_text_encoder(T5EncoderModel, model.parts["text_encoder"], model.name, self.dtype)
+        tokenizer = T5Tokenizer.from_pretrained(model.parts["tokenizer"], local_files_only=True)
+        scheduler = scheduler_of(model.schedule)
+        self.pipeline = PixArtAlphaPipeline(
+            tokenizer, self.text.to(self.device), self.vae, self.network, scheduler
+        )
+        self.check(model.name)
+
+    def condition(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """T5's answer to each caption and which of its tokens count."""
+        embeds, mask, *_ = self.pipeline.encode_prompt(list(captions), False, device=self.device)
+        return embeds, mask
+
+    def eps(self, x_t: Tensor, t: int, condition: tuple[Tensor, Tensor]) -> Tensor:
+        """eps_theta(x_t, t, caption), without the learned variance."""
+        embeds, mask = condition
+        output = self.network(
+            x_t,
+            encoder_hidden_states=embeds,
+            encoder_attention_mask=mask,
+            timestep=self.clock(t, len(x_t)).long(),
+            added_cond_kwargs=self.size_of_picture(len(x_t)),
+        ).sample[:, : x_t.shape[1]]
+        return to_eps(output, x_t, *self.coefficients(t), self.predicts)
+
+    def size_of_picture(self, count: int) -> dict[str, Any]:
+        """What the networks for large pictures also want to know."""
+        if not self.network.config.use_additional_conditions:
+            return {"resolution": None, "aspect_ratio": None}
+        height, width = self.profile.size
+        told = {"resolution": [height, width], "aspect_ratio": [height / width]}
+        return {
+            key: torch.tensor(value, device=self.device, dtype=self.dtype).repeat(count, 1)
+            for key, value in told.items()
+        }
+
+
+class StableDiffusion3(Latent):
+    """A text-conditional transformer trained by flow matching."""
+
+    def __init__(self, model: Model, placement: Placement) -> None:
+        super().__init__(model, placement)
+        scheduler = scheduler_of(model.schedule)
+        self.levels = scheduler.sigmas.double().flip(0).tolist()  # s, the smallest first
+        parts = dict.fromkeys((*TEXT_ENCODERS, *TOKENIZERS))
+        for name, kind in TEXT_ENCODERS.items():
+            if name in model.parts:
+                encoder = load_text_encoder(kind, model.parts[name], model.name, self.dtype)
+                parts[name] = encoder.to(self.device)
+        for name, kind in TOKENIZERS.items():
+            if name in model.parts:
+                parts[name] = kind.from_pretrained(model.parts[name], local_files_only=True)
+        self.pipeline = StableDiffusion3Pipeline(
+            transformer=self.network, scheduler=scheduler, vae=self.vae, **parts
+        )
+        self.check(model.name)
+
+    def coefficients(self, t: int) -> tuple[float, float]:
+        """1 - s and s."""
+        return 1 - self.levels[t], self.levels[t]
+
+    def condition(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """What the text encoders make of each caption: (B, tokens, width), and pooled (B, width)."""
+        words = list(captions)
+        embeds, _, pooled, _ = self.pipeline.encode_prompt(words, words, words, self.device, 1, False)
+        return embeds, pooled
+
+    def eps(self, x_t: Tensor, t: int, condition: tuple[Tensor, Tensor]) -> Tensor:
+        """x_t + (1 - s) v."""
+        embeds, pooled = condition
+        time = self.clock(1000 * self.levels[t], len(x_t))
+        output = self.network(x_t, embeds, pooled, time).sample
+        return to_eps(output, x_t, *self.coefficients(t), "flow_prediction")
+
+
+CLASSES = {"DiTTransformer2DModel": Dit, "PixArtTransformer2DModel": PixArt, "SD3Transformer2DModel": StableDiffusion3}
+
+
+def load(model: Model, placement: Placement) -> Latent:
+    """The denoiser of a model's kind."""
+    return CLASSES[model.kind](model, placement)

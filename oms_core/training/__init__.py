@@ -1,0 +1,1 @@
+"""The small models that are shipped, and how each was made."""
