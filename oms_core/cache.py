@@ -223,6 +223,23 @@ def set_aside(path: Path, reason: object) -> None:
             path.rename(path.with_name(f".bad-{path.name}.{uuid.uuid4().hex[:8]}"))
 
 
+def add_notes(key: str, rows: pd.DataFrame) -> None:
+    """Keep what is known of single pictures: `image` and more columns. A name is the digest of its rows."""
+    folder = home() / FORMAT / key[:2] / key
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        commit(folder / f"notes-{digest_of_rows(rows)[:32]}.parquet", rows, key, 0)
+    except (OSError, pa.ArrowException) as error:
+        log.warning("Captions are not kept: %s cannot be written (%s).", folder, error)
+
+
+def read_notes(key: str) -> pd.DataFrame:
+    """All that is known of single pictures under a key, a row per picture; empty where nothing is."""
+    paths = [path for root in roots() for path in sorted((root / key[:2] / key).glob("notes-*.parquet"))]
+    frames = [frame for path in paths if (frame := read_part(path, key, 0)) is not None]
+    return pd.concat(frames).drop_duplicates("image") if frames else pd.DataFrame()
+
+
 def replace_file(path: Path, data: bytes) -> None:
     """Write a file so that a reader sees the old one or the new one."""
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")

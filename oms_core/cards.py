@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from oms_core.cache import read_finished
-from oms_core.files import read_json
 from oms_core.errors import InputError
+from oms_core.files import read_json
 from oms_core.images import ASSETS
 
 

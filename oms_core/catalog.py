@@ -121,9 +121,7 @@ def native_profile(images: ImageSet) -> Profile:
     return Profile((picture.height, picture.width), 1 if picture.mode == "L" else 3)
 
 
-def in_folder(
-    folder: Path, name: str, images: str = "", card: dict[str, Any] | None = None, commit: str = ""
-) -> Model:
+def in_folder(folder: Path, name: str, images: str = "", card: dict[str, Any] | None = None, commit: str = "") -> Model:
     """A model from its folder, see `oms_core.folders.read_folder`."""
     found = read_folder(folder)
     return Model(
@@ -158,7 +156,8 @@ def download(name: str) -> tuple[Path, str]:
             folder = Path(snapshot_download(name, local_files_only=True))
         except Exception:
             raise InputError(
-                f"{name!r} is no folder here and cannot be fetched from Hugging Face; check the name and the connection."
+                f"{name!r} is no folder here and cannot be fetched from Hugging Face; "
+                "check the name and the connection."
             ) from error
         return folder, folder.name
     sizes = {file.rfilename: file.size or 0 for file in info.siblings}

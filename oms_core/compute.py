@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from oms_core import cache
+from oms_core import cache, captions
 from oms_core.attacks import Probe
 from oms_core.catalog import Model
 from oms_core.device import Placement, batch_size, fitting, place
@@ -46,11 +46,18 @@ SHARD = 512  # pictures; rounded up to whole batches
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is; `signals` are the distances of the pictures that just came in, by attack."""
+    """How far a run is.
+
+    Attributes:
+        done, total: pictures.
+        signals: the distances of the pictures that just came in, by attack.
+        stage: what is done to them.
+    """
 
     done: int
     total: int
     signals: dict[str, pd.DataFrame]
+    stage: str = "scores"
 
 
 Tick = Callable[[Progress], None]
@@ -88,6 +95,7 @@ def compute(plan: Plan, tick: Tick | None = None) -> dict[str, pd.DataFrame]:
     run = plan.run
     placement = place(run.device, run.dtype)
     denoiser = loaded(plan.model, placement)
+    plan = replace(plan, images=captioned(plan, placement, tick))
     batch = run.batch or automatic_batch(denoiser, placement)
     size = -(-SHARD // batch) * batch
     rows = [plan.images.table.index[start : start + size] for start in range(0, len(plan.images), size)]
@@ -107,6 +115,16 @@ def compute(plan: Plan, tick: Tick | None = None) -> dict[str, pd.DataFrame]:
     for task, entry in entries.items():
         entry.finish(task.content)
     return {task.attack.name: pd.concat(frames, ignore_index=True) for task, frames in parts.items()}
+
+
+def captioned(plan: Plan, placement: Placement, tick: Tick | None = None) -> ImageSet:
+    """The pictures of a plan, with captions written for those that still need one."""
+    images, run = plan.images, plan.run
+    if not plan.model.captioned or not images.table.caption.isna().any():
+        return images
+    told = None if tick is None else lambda done, total: tick(Progress(done, total, {}, "captions"))
+    texts = captions.write(captions.describe(run.captioner), images, placement, told)
+    return replace(images, table=images.table.assign(caption=texts.to_numpy()))
 
 
 def shard_of(
@@ -233,12 +251,13 @@ def compute_trace(planned: Plan, image: str) -> Trace:
     placement = place(run.device, run.dtype)
     denoiser = loaded(planned.model, placement)
     group = replace(planned.images, table=planned.images.table[planned.images.table.image == image])
+    group = captioned(replace(planned, images=group), placement)
     with torch.inference_mode():
         probe = probe_of(denoiser, group, group.pixels(denoiser.profile), run.seed)
         eps = torch.cat(search(task, probe, run.steps).eps).float().cpu().numpy()  # (N + 1, C, H, W)
     alpha, sigma = denoiser.coefficients(task.t + task.attack.reach)
     found = Trace(probe.x_0[0].float().cpu().numpy(), eps, alpha, sigma)
-    content = trace_content(task, image)
+    content = trace_content(planned, image)
     entry = cache.Entry(cache.key_of(content), cache.Variant(placement.device, placement.dtype, 1, run.steps), 1)
     entry.write(0, found.rows())
     entry.finish(content)

@@ -2,23 +2,23 @@
 
 import hashlib
 import os
-import stat
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from oms_core.decode import FORMATS, MAX_BYTES, Profile, decode, pixels
+from oms_core import layouts, rows
+from oms_core.decode import FORMATS, Profile, decode, pixels
 from oms_core.errors import InputError
+from oms_core.layouts import ROLES, Folder, Listed, Tree, Zip
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 BUILT_IN = ("digits", "fashion")
-READ_ONLY = os.O_RDONLY | sum(getattr(os, flag, 0) for flag in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
-ROLES = ("member", "nonmember", "auxiliary")
-TRUE_WORDS, FALSE_WORDS = ("1", "true", "yes", "member"), ("0", "false", "no", "nonmember", "non-member")
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,21 +72,40 @@ class ImageSet:
 
 
 def open_images(name: str) -> ImageSet:
-    """Open an image set by the name of a built-in one or the path of a folder.
+    """Open an image set by its name.
 
-    A folder holds ``member/`` and ``nonmember/`` (and perhaps ``auxiliary/``), or ``metadata.csv`` with the
-    columns `file_name` and `member` and perhaps `label` and `text`.
+    | name                              | what it is                                                            |
+    |-----------------------------------|-----------------------------------------------------------------------|
+    | digits, fashion                   | built in                                                              |
+    | FOLDER or FILE.zip                | pictures in one of the layouts of `oms_core.layouts`                  |
+    | FILE.parquet, or a folder of them | a column of pictures, perhaps with `member`, `label`, `text`          |
+    | a folder of CIFAR's binary files  | in training order                                                     |
+    | hub:OWNER/NAME[:SPLIT]            | a data set of the Hugging Face hub                                    |
+    | SPLIT.npz@NAME                    | NAME with the roles of `mia_train_idxs` and `mia_eval_idxs`           |
+    | member=NAME,nonmember=NAME        | two sets, each as a whole in one role                                 |
 
     Raises:
         InputError: no such set, or nothing in it can be used.
     """
     if name in BUILT_IN:
         return built_in(name)
+    if re.match(rf"({'|'.join(ROLES)})=", name):
+        return joined(name)
+    split, at, rest = name.partition(".npz@")
+    if at:
+        return with_split(Path(f"{split}.npz"), open_images(rest), name)
+    if name.startswith("hub:"):
+        return from_rows(name, rows.hub(name.removeprefix("hub:")))
     if not name or not os.path.exists(name):
         raise InputError(f"There is no image set or folder {name!r}; the built-in sets are {', '.join(BUILT_IN)}.")
-    if not os.path.isdir(name):
-        raise InputError(f"{name} is a file; name the folder that holds member/ and nonmember/.")
-    return from_folder(Path(name))
+    path = Path(name)
+    if os.path.isdir(path):
+        return from_folder(path)
+    if path.suffix.lower() == ".zip":
+        return from_tree(name, Zip(path))
+    if path.suffix.lower() == ".parquet":
+        return from_rows(name, rows.parquet([path]))
+    raise InputError(f"{name} is a file; name a folder that holds member/ and nonmember/, a .zip, or a .parquet.")
 
 
 @lru_cache
@@ -98,122 +117,146 @@ def built_in(name: str) -> ImageSet:
     """
     path = ASSETS / "images" / f"{name}.parquet"
     try:
-        rows = pd.read_parquet(path, page_checksum_verification=True)
+        found = pd.read_parquet(path, page_checksum_verification=True)
         table = pd.DataFrame(
             {
-                "image": [sha256(data) for data in rows.png],
-                "file": [f"{name}-{row:04d}.png" for row in rows.index],
-                "role": rows.role,
-                "label": rows.label.astype(str),
-                "caption": rows.caption,
+                "image": [sha256(data) for data in found.png],
+                "file": [f"{name}-{row:04d}.png" for row in found.index],
+                "role": found.role,
+                "label": found.label.astype(str),
+                "caption": found.caption,
             }
         )
     except Exception as error:  # damage in a footer shows in many ways, AttributeError and KeyError among them
         raise InputError(f"{path.name} in assets/images is missing or damaged; restore it by git checkout.") from error
-    return ImageSet(name, table, rows.png.__getitem__, rejected_table([]))
+    return ImageSet(name, table, found.png.__getitem__, rejected_table([]))
 
 
-def from_folder(folder: Path) -> ImageSet:
-    """Pictures below a folder; each file is read once to take its identity and to see that it decodes.
+def from_folder(path: Path) -> ImageSet:
+    """Pictures below a folder, or in the rows of files that lie in it."""
+    if any(os.path.isfile(path / name) for name in rows.CIFAR):
+        return from_rows(str(path), rows.cifar(path))
+    if os.path.isfile(path / rows.PICKLED):
+        raise InputError(f"{path} holds CIFAR as pickles, which can run code; use the binary version of the data set.")
+    tables = sorted(path.glob("*.parquet"))
+    if tables:
+        return from_rows(str(path), rows.parquet(tables))
+    return from_tree(str(path), Folder(path))
+
+
+def from_tree(name: str, tree: Tree) -> ImageSet:
+    """The pictures of a folder or a zip."""
+    listed = [*layouts.listed(tree)]
+    return collected(name, listed, [one.file for one in listed], tree.read)
+
+
+def from_rows(name: str, found: rows.Rows) -> ImageSet:
+    """The pictures in the rows of a table."""
+    listed = [*found.listed]
+    return collected(name, listed, range(len(listed)), found.read)
+
+
+def collected(name: str, listed: list[Listed], places: Sequence[Any], read: Callable[[Any], bytes]) -> ImageSet:
+    """An image set; each picture is read once to take its identity and to see that it decodes.
+
+    Args:
+        name: how a user calls the set.
+        listed: what is said of each picture.
+        places: where each is, as `read` wants it.
+        read: from a place to a picture's bytes.
 
     Raises:
-        InputError: neither layout is there, or no picture can be used.
+        InputError: no picture can be used.
     """
-    if os.path.isfile(folder / "metadata.csv"):
-        listed = listed_in_metadata(folder)
-    elif any(os.path.isdir(folder / role) for role in ROLES):
-        listed = listed_in_role_folders(folder)
-    else:
-        raise InputError(f"{folder} holds neither member/ and nonmember/ nor metadata.csv; add one of them.")
-    kept, rejected, paths = [], [], {}
-    for file, role, label, caption in listed:
+    kept, rejected, found = [], [], []
+    for one, place in zip(listed, places, strict=True):
         try:
-            data = read_regular(folder / file)
+            data = read(place)
             decode(data)
-            kept.append((sha256(data), readable(file), role, readable(label), caption))
-            paths.setdefault(sha256(data), folder / file)
         except InputError as error:
-            rejected.append((readable(file), str(error)))
+            rejected.append((readable(one.file), str(error)))
+            continue
+        kept.append((sha256(data), readable(one.file), one.role, readable(one.label), one.caption))
+        found.append(place)
     table = pd.DataFrame(kept, columns=["image", "file", "role", "label", "caption"])
-    table, doubled = without_doubles(table)
-    if table.empty:
+    whole, doubled = without_doubles(table)
+    if whole.empty:
         first = rejected + doubled
         why = f" The first reason: {first[0][0]}: {first[0][1]}." if first else ""
-        raise InputError(f"No picture in {folder} can be used; supported are {', '.join(FORMATS)}.{why}")
-    read = partial(read_again, paths, table.image)
-    return ImageSet(str(folder), table, read, rejected_table(rejected + doubled))
+        raise InputError(f"No picture in {name} can be used; supported are {', '.join(FORMATS)}.{why}")
+    found = [found[row] for row in whole.index]
+    whole = whole.reset_index(drop=True)
+    again = partial(read_again, read, found, whole.image, name)
+    return ImageSet(name, whole, again, rejected_table(rejected + doubled))
 
 
-def read_again(paths: dict[str, Path], images: pd.Series, row: int) -> bytes:
-    """The bytes of a row's file, which must still be the picture that the row names.
+def read_again(read: Callable[[Any], bytes], places: list[Any], images: pd.Series, name: str, row: int) -> bytes:
+    """The bytes of a row's picture, which must still be the picture that the row names.
 
     Raises:
-        InputError: the file was changed or removed since the set was opened.
+        InputError: it was changed or removed since the set was opened.
     """
-    path = paths[images[row]]
+    where = Path(name) / str(places[row])
     try:
-        data = read_regular(path)
+        data = read(places[row])
     except InputError as error:
-        raise InputError(f"{path} was removed while it was in use ({error}); open the set again.") from error
+        raise InputError(f"{where} was removed while it was in use ({error}); open the set again.") from error
     if sha256(data) != images[row]:
-        raise InputError(f"{path} was changed while it was in use; open the set again.")
+        raise InputError(f"{where} was changed while it was in use; open the set again.")
     return data
 
 
-def listed_in_role_folders(folder: Path) -> Iterable[tuple[str, str, str, str]]:
-    """(file, role, label, caption) of each file below member/, nonmember/ and auxiliary/; a sub-folder is a label.
+def with_split(split: Path, images: ImageSet, name: str) -> ImageSet:
+    """A set with the roles of a ``*_train_ratio0.5.npz``: indices in the order of the data set.
 
     Raises:
-        InputError: a sub-folder cannot be listed.
-    """
-    for role in ROLES:
-        for root, folders, files in os.walk(folder / role, onerror=refuse_unlisted):
-            folders.sort()
-            links = [name for name in folders if os.path.islink(os.path.join(root, name))]  # listed, never followed
-            label = os.path.relpath(root, folder / role)
-            for file in sorted(files + links):
-                if not file.startswith(".") and file != "Thumbs.db":
-                    path = os.path.relpath(os.path.join(root, file), folder)
-                    yield path, role, "" if label == "." else label, ""
-
-
-def refuse_unlisted(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError):  # one of the three roles may be missing
-        raise InputError(f"The folder {error.filename} cannot be listed; allow reading it.") from error
-
-
-def listed_in_metadata(folder: Path) -> Iterable[tuple[str, str, str, str]]:
-    """(file, role, label, caption) of each row of ``metadata.csv``.
-
-    Raises:
-        InputError: a column is missing, a value of `member` is unclear, or a path leaves the folder.
+        InputError: the file is damaged, lacks an array, or its indices do not fit the set.
     """
     try:
-        rows = pd.read_csv(folder / "metadata.csv", dtype=str, keep_default_na=False)
-    except (ValueError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"metadata.csv in {folder} cannot be read as CSV: {reason}.") from error
-    for column in ("file_name", "member"):
-        if column not in rows:
-            raise InputError(f"metadata.csv in {folder} has no column {column!r}; it needs file_name and member.")
-    blank = pd.Series("", index=rows.index)
-    columns = (rows.file_name, rows.member, rows.get("label", blank), rows.get("text", blank))
-    for file, member, label, caption in zip(*columns, strict=True):
-        if os.path.isabs(file) or ".." in Path(file).parts:
-            raise InputError(f"metadata.csv in {folder} names {file!r}, which lies outside the folder.")
-        yield file, role_of(member, folder), label, caption
+        with np.load(split) as arrays:
+            members, others = (arrays[key].ravel() for key in ("mia_train_idxs", "mia_eval_idxs"))
+    except Exception as error:  # NumPy raises many kinds for what is no such file
+        raise InputError(f"{split} holds no mia_train_idxs and mia_eval_idxs that can be read.") from error
+    indices = np.concatenate([members, others])
+    size = len(images) + len(images.rejected)
+    if not np.issubdtype(indices.dtype, np.integer) or (
+        len(indices) and not 0 <= indices.min() <= indices.max() < size
+    ):
+        raise InputError(f"{split} names pictures outside {images.name}, which has {size}; are they of one data set?")
+    if len(np.unique(indices)) != len(indices):
+        raise InputError(f"{split} names a picture twice; members and non-members must be disjoint.")
+    if len(images.rejected):
+        raise InputError(
+            f"{images.name} has {len(images.rejected)} pictures that cannot be used or are doubled, the first "
+            f"{images.rejected.file[0]}; so the indices of {split.name} would not fit."
+        )
+    role = np.full(size, "", object)
+    role[members], role[others] = "member", "nonmember"
+    return replace(images, name=name, table=images.table.assign(role=role))
 
 
-def role_of(word: str, folder: Path) -> str:
-    """The role that a cell of the column `member` means."""
-    word = word.strip().lower()
-    if word in TRUE_WORDS:
-        return "member"
-    if word in FALSE_WORDS:
-        return "nonmember"
-    if word == "auxiliary":
-        return "auxiliary"
-    raise InputError(f"metadata.csv in {folder} has {word!r} in its column member; use true, false or auxiliary.")
+def joined(name: str) -> ImageSet:
+    """Several sets, each as a whole in one role: ``member=NAME,nonmember=NAME``.
+
+    Raises:
+        InputError: a role is unknown or given twice.
+    """
+    parts = [part.partition("=") for part in name.split(",")]
+    roles = [role.strip() for role, _, _ in parts]
+    if len({*roles}) != len(roles) or not {*roles} <= {*ROLES}:
+        raise InputError(f"{name!r} should name each of {', '.join(ROLES)} at most once, as role=SET.")
+    sets = [open_images(place.strip()) for _, _, place in parts]
+    tables = [part.table.assign(role=role) for role, part in zip(roles, sets, strict=True)]
+    places = [(part, row) for part, table in zip(sets, tables, strict=True) for row in table.index]
+    whole, doubled = without_doubles(pd.concat(tables, ignore_index=True))
+    places = [places[row] for row in whole.index]
+
+    def read(row: int) -> bytes:
+        part, place = places[row]
+        return part.read(place)
+
+    rejected = pd.concat([*(part.rejected for part in sets), rejected_table(doubled)], ignore_index=True)
+    return ImageSet(name, whole.reset_index(drop=True), read, rejected)
 
 
 def without_doubles(table: pd.DataFrame) -> tuple[pd.DataFrame, list[tuple[str, str]]]:
@@ -223,33 +266,11 @@ def without_doubles(table: pd.DataFrame) -> tuple[pd.DataFrame, list[tuple[str, 
     repeated = table.duplicated("image") & ~torn
     reasons = [(file, "the same picture is also listed with another role") for file in table.file[torn]]
     reasons += [(file, "the same picture is listed twice") for file in table.file[repeated]]
-    return table[~torn & ~repeated].reset_index(drop=True), reasons
+    return table[~torn & ~repeated], reasons
 
 
-def rejected_table(rows: list[tuple[str, str]]) -> pd.DataFrame:
-    return pd.DataFrame(rows, columns=["file", "reason"])
-
-
-def read_regular(path: Path) -> bytes:
-    """The bytes of a regular file of at most `MAX_BYTES`; a pipe or a device is never waited for.
-
-    Raises:
-        InputError: it cannot be opened, is not a regular file, or is too large.
-    """
-    try:
-        handle = os.open(path, READ_ONLY)
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            os.close(handle)
-            raise InputError("not a regular file")
-        with open(handle, "rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except InputError:
-        raise
-    except (OSError, ValueError) as error:
-        raise InputError("the file cannot be opened") from error
-    if len(data) > MAX_BYTES:
-        raise InputError(f"the file is larger than {MAX_BYTES >> 20} MB")
-    return data
+def rejected_table(found: list[tuple[str, str]]) -> pd.DataFrame:
+    return pd.DataFrame(found, columns=["file", "reason"])
 
 
 def readable(name: str) -> str:

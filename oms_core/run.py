@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from oms_core import cache, catalog
+from oms_core import cache, captions, catalog
 from oms_core.attacks import ATTACKS, COMPARED, Attack
 from oms_core.catalog import Model
 from oms_core.device import DEVICES, DTYPES
@@ -41,6 +41,10 @@ class Run:
     t: int | None = setting(None, "timestep; by default the model card's or the paper's for each attack", 0)
     steps: int = setting(3, "N, how far the search goes; n = 1 is the published attack, n = 2 is +OMS", 1, MAX_STEPS)
     seed: int = setting(0, "seed of the drawn noise; each picture has its own", 0, 2**31 - 1)
+    captions: str = setting(
+        "given", "for a model that takes them: given (with the pictures), blip, none, or text:WORDS for all"
+    )
+    captioner: str = setting("blip-fashion", "who writes captions: a built-in name, a BLIP folder, or owner/name")
     limit: int | None = setting(None, "only so many pictures, half of them members", 1)
     device: str = setting("", f"{', '.join(DEVICES)}; by default the best one here")
     dtype: str = setting("", f"precision of the network: {', '.join(DTYPES)}; by default float32")
@@ -84,7 +88,37 @@ def plan(run: Run) -> Plan:
     images = open_images(name).with_role("member", "nonmember").limit(run.limit).mixed()
     if not len(images):
         raise InputError(f"{name} has neither members nor non-members, so there is nothing to compare.")
+    if model.captioned:
+        images = with_captions(images, run)
     return Plan(run, model, images, tuple(task(attack, run, model, images) for attack in attacks_of(run)))
+
+
+def with_captions(images: ImageSet, run: Run) -> ImageSet:
+    """The pictures with the captions that a run asks for; those that BLIP has still to write are missing.
+
+    Raises:
+        InputError: an unknown kind of captions, or none are given.
+    """
+    if run.captions == "given":
+        if images.table.caption.eq("").all():
+            raise InputError(
+                f"{images.name} has no captions, which {run.model} needs; use --captions blip to have them written, "
+                "--captions text:WORDS for one of your own, or --captions none."
+            )
+        return images
+    if run.captions == "blip":
+        texts = captions.written(captions.describe(run.captioner), images).reindex(images.table.image)
+        return replace(images, table=images.table.assign(caption=texts.to_numpy()))
+    if run.captions != "none" and not run.captions.startswith("text:"):
+        raise InputError(f"There are no captions {run.captions!r}; choose given, blip, none, or text:WORDS.")
+    return replace(images, table=images.table.assign(caption=run.captions.partition(":")[2]))
+
+
+def caption_content(run: Run, texts: pd.Series) -> str:
+    """What decides the captions: who writes them, or what they are."""
+    if run.captions == "blip":
+        return captions.key(captions.describe(run.captioner))
+    return catalog.digest_of([text.encode() for text in texts])
 
 
 def check_limits(run: Run) -> None:
@@ -133,6 +167,8 @@ def task(attack: Attack, run: Run, model: Model, images: ImageSet) -> Task:
         "seed": run.seed,
         "norms": list(NORMS),
     }
+    if model.captioned:
+        content["captions"] = caption_content(run, images.table.caption)
     return Task(attack, t, content)
 
 
@@ -250,9 +286,13 @@ class Trace:
         return cls(np.frombuffer(first.x_0, "<f4").reshape(shape), eps, float(first.alpha), float(first.sigma))
 
 
-def trace_content(task: Task, image: str) -> dict[str, Any]:
-    """What a trace is keyed by: its task on this one picture, whatever set it is in."""
-    return {key: value for key, value in task.content.items() if key not in ("images", "norms")} | {"trace": image}
+def trace_content(planned: Plan, image: str) -> dict[str, Any]:
+    """What the trace of a plan's first attack is keyed by: its task on this one picture, whatever set it is in."""
+    content = {key: value for key, value in planned.tasks[0].content.items() if key not in ("images", "norms")}
+    if planned.model.captioned:
+        own = planned.images.table.caption[planned.images.table.image == image]
+        content["captions"] = caption_content(planned.run, own)
+    return content | {"trace": image}
 
 
 def lookup_trace(planned: Plan, image: str) -> Trace | None:
@@ -263,7 +303,7 @@ def lookup_trace(planned: Plan, image: str) -> Trace | None:
     """
     if not planned.images.table.image.eq(image).any():
         raise InputError(f"{planned.images.name} has no picture {image[:12]!r}; pick one from the list.")
-    key = cache.key_of(trace_content(planned.tasks[0], image))
+    key = cache.key_of(trace_content(planned, image))
     one = replace(planned.run, batch=1)  # traces are computed picture by picture
     for variant, folder in cache.variants(key):
         if fits(variant, one):

@@ -38,9 +38,7 @@ if TYPE_CHECKING:
     from oms_core.catalog import Model
     from oms_core.device import Placement
 
-NETWORKS = {
-    kind.__name__: kind for kind in (DiTTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel)
-}
+NETWORKS = {kind.__name__: kind for kind in (DiTTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel)}
 TEXT_ENCODERS = {
     "text_encoder": CLIPTextModelWithProjection,
     "text_encoder_2": CLIPTextModelWithProjection,
@@ -98,9 +96,7 @@ class PixArt(Latent, Diffused):
         self.text = load_text_encoder(T5EncoderModel, model.parts["text_encoder"], model.name, self.dtype)
         tokenizer = T5Tokenizer.from_pretrained(model.parts["tokenizer"], local_files_only=True)
         scheduler = scheduler_of(model.schedule)
-        self.pipeline = PixArtAlphaPipeline(
-            tokenizer, self.text.to(self.device), self.vae, self.network, scheduler
-        )
+        self.pipeline = PixArtAlphaPipeline(tokenizer, self.text.to(self.device), self.vae, self.network, scheduler)
         self.check(model.name)
 
     def condition(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -147,9 +143,7 @@ class StableDiffusion3(Latent):
         for name, kind in TOKENIZERS.items():
             if name in model.parts:
                 parts[name] = kind.from_pretrained(model.parts[name], local_files_only=True)
-        self.pipeline = StableDiffusion3Pipeline(
-            transformer=self.network, scheduler=scheduler, vae=self.vae, **parts
-        )
+        self.pipeline = StableDiffusion3Pipeline(transformer=self.network, scheduler=scheduler, vae=self.vae, **parts)
         self.check(model.name)
 
     def coefficients(self, t: int) -> tuple[float, float]:

@@ -27,7 +27,9 @@ def vocabulary(captions: list[str]) -> BertTokenizer:
     return tokenizer
 
 
-def network(tokenizer: BertTokenizer, size: int, patch_size: int, width: int, layers: int) -> BlipForConditionalGeneration:
+def network(
+    tokenizer: BertTokenizer, size: int, patch_size: int, width: int, layers: int
+) -> BlipForConditionalGeneration:
     """A small BLIP: a vision transformer and a decoder that looks at it."""
     common = {
         "hidden_size": width,

@@ -56,11 +56,16 @@ RECIPES = {
     "uvit-fashion": Recipe(
         "uvit", "fashion", 28, {"patch_size": 4, "width": 128, "depth": 4, "heads": 4}, 600, (600,), 600, {}, 16
     ),
-    "vae-fashion": Recipe(
-        "autoencoder", "fashion", 28, {"blocks": (8, 24, 48)}, 30, (30,), 30, {}, role="auxiliary"
-    ),
+    "vae-fashion": Recipe("autoencoder", "fashion", 28, {"blocks": (8, 24, 48)}, 30, (30,), 30, {}, role="auxiliary"),
     "sd-fashion": Recipe(
-        "stable_diffusion", "fashion", 28, {"blocks": (32, 64), "width": 32, "layers": 1}, 600, (300, 600), 600, {},
+        "stable_diffusion",
+        "fashion",
+        28,
+        {"blocks": (32, 64), "width": 32, "layers": 1},
+        600,
+        (300, 600),
+        600,
+        {},
         part="vae-fashion",
     ),
     "blip-fashion": Recipe(

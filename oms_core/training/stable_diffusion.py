@@ -67,7 +67,11 @@ class Subject:
 
     def __init__(self, recipe: Recipe, images: ImageSet, part: Path) -> None:
         self.recipe = recipe
-        self.vae = AutoencoderKL.from_pretrained(part, torch_dtype=torch.float32, low_cpu_mem_usage=False).eval().requires_grad_(False)
+        self.vae = (
+            AutoencoderKL.from_pretrained(part, torch_dtype=torch.float32, low_cpu_mem_usage=False)
+            .eval()
+            .requires_grad_(False)
+        )
         self.latents = modes(self.vae, tensor_of(images, recipe.size)).clone() * self.vae.config.scaling_factor
         captions = [*images.table.caption]
         self.tokenizer = vocabulary(sorted({*open_images(recipe.images).table.caption}))

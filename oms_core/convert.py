@@ -1,0 +1,219 @@
+"""Research checkpoints as diffusers folders: ``python -m oms_core convert FILE --to FOLDER``.
+
+Two layouts are read, told apart by their tensors:
+
+- the UNet of the pytorch-ddpm family, which SecMI, PIA and later work train: a dict with `ema_model` (or only
+  `net_model`) and `x_T`. It becomes a `DDPMPipeline` with the same outputs.
+- U-ViT's bare state dict. It becomes a folder of this program's `UVit`, which has the same tensors.
+
+A file is opened with ``weights_only=True``: tensors and plain containers come out of it, code never runs.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, ModelMixin, UNet2DModel
+from torch import Tensor
+
+from oms_core.errors import InputError
+from oms_core.families.base import reason
+from oms_core.families.uvit import UVit
+
+State = dict[str, Tensor]
+LINEAR = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+HEAD_WIDTH = 64  # of every public U-ViT
+RESNET = {
+    "block1.0": "norm1",
+    "block1.2": "conv1",
+    "temb_proj.1": "time_emb_proj",
+    "block2.0": "norm2",
+    "block2.3": "conv2",
+    "shortcut": "conv_shortcut",
+}
+ATTENTION = {"group_norm": "group_norm", "proj_q": "to_q", "proj_k": "to_k", "proj_v": "to_v", "proj": "to_out.0"}
+
+
+def convert(file: Path, to: Path) -> str:
+    """Write a checkpoint as a diffusers folder; what it was is returned in a few words.
+
+    Args:
+        file: the checkpoint.
+        to: the folder to make; it must not exist.
+
+    Raises:
+        InputError: the file cannot be read, holds more than tensors, or is of no known layout; or `to` exists.
+    """
+    if to.exists():
+        raise InputError(f"{to} exists already; name a folder that does not.")
+    content = read(file)
+    if "pos_embed" in content:
+        words, network = "a U-ViT", uvit(content, file)
+    elif isinstance(content.get("ema_model", content.get("net_model")), dict):
+        words, network = "a DDPM of the pytorch-ddpm family", research_unet(content, file)
+    else:
+        raise InputError(
+            f"{file} has neither ema_model nor net_model (pytorch-ddpm) nor pos_embed (U-ViT); its layout is unknown."
+        )
+    with tempfile.TemporaryDirectory(dir=to.parent if to.parent.is_dir() else None) as work:
+        folder = Path(work) / "model"
+        if isinstance(network, UVit):
+            network.save_pretrained(folder)
+        else:
+            steps = len(content_of(content)["time_embedding.timembedding.0.weight"])
+            DDPMPipeline(network, DDPMScheduler(num_train_timesteps=steps, **LINEAR)).save_pretrained(folder)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(folder, to)
+    return f"{words}, {network.num_parameters():,} parameters, {network.config.sample_size} pixels"
+
+
+def read(file: Path) -> dict[str, Any]:
+    """The content of a checkpoint.
+
+    Raises:
+        InputError: it is missing, damaged, or holds anything but tensors in plain containers.
+    """
+    if not file.is_file():
+        raise InputError(f"There is no file {file}; name a checkpoint.")
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling fails in many ways
+        if "weights_only" in str(error) or "Unsupported" in str(error):
+            raise InputError(
+                f"{file} holds objects other than tensors, which could run code; save its state dicts alone and try again."
+            ) from error
+        raise InputError(f"{file} is no checkpoint that torch can read: {reason(error)}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{file} holds a {type(content).__name__}, not a dict of tensors.")
+    return content
+
+
+def content_of(content: dict[str, Any]) -> State:
+    """The averaged weights, or the plain ones where there are no others, without DataParallel's prefix."""
+    state = content.get("ema_model", content.get("net_model"))
+    return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+def filled(network: ModelMixin, state: State, file: Path) -> Any:
+    """A network with exactly these weights.
+
+    Raises:
+        InputError: a tensor is missing, left over, of another shape, or not finite.
+    """
+    try:
+        network.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise InputError(f"The tensors of {file} do not fit its layout: {reason(error)}") from error
+    for key, value in state.items():
+        if not value.isfinite().all():
+            raise InputError(f"The weights in {file} are not finite ({key}); the file is damaged or diverged.")
+    return network.eval()
+
+
+def uvit(state: State, file: Path) -> UVit:
+    """A U-ViT whose sizes are read off its tensors."""
+    try:
+        _, tokens, width = state["pos_embed"].shape
+        _, channels, patch, _ = state["patch_embed.proj.weight"].shape
+    except (KeyError, ValueError, AttributeError) as error:
+        raise InputError(f"{file} looks like a U-ViT, but lacks its patch embedding.") from error
+    depth = 2 * len({key.split(".")[1] for key in state if key.startswith("in_blocks.")})
+    side = round((tokens - 1) ** 0.5) * patch
+    network = UVit(side, channels, patch, width, depth, max(1, width // HEAD_WIDTH))
+    return filled(network, state, file)
+
+
+def research_unet(content: dict[str, Any], file: Path) -> UNet2DModel:
+    """A UNet of the pytorch-ddpm family as a `UNet2DModel` with the same outputs."""
+    state = content_of(content)
+    try:
+        levels = levels_of(state)
+        width, channels = state["head.weight"].shape[:2]
+        size = content["x_T"].shape[-1]
+    except (KeyError, AttributeError, IndexError) as error:
+        raise InputError(f"{file} lacks {error} of a pytorch-ddpm checkpoint.") from error
+    attended = [f"downblocks.{level[0]}.attn.proj_q.weight" in state for level in levels]
+    network = UNet2DModel(
+        sample_size=size,
+        in_channels=channels,
+        out_channels=state["tail.2.weight"].shape[0],
+        block_out_channels=[state[f"downblocks.{level[0]}.block1.2.weight"].shape[0] for level in levels],
+        layers_per_block=len(levels[0]),
+        down_block_types=["AttnDownBlock2D" if attn else "DownBlock2D" for attn in attended],
+        up_block_types=["AttnUpBlock2D" if attn else "UpBlock2D" for attn in reversed(attended)],
+        attention_head_dim=None,
+        flip_sin_to_cos=False,
+        freq_shift=0,
+        downsample_padding=1,
+        norm_eps=1e-5,
+        norm_num_groups=min(32, width),
+    )
+    return filled(network, renamed(state, levels), file)
+
+
+def levels_of(state: State) -> list[list[int]]:
+    """The numbers of the residual blocks at each resolution, on the way down."""
+    count = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("downblocks."))
+    levels: list[list[int]] = [[]]
+    for number in range(count):
+        if f"downblocks.{number}.main.weight" in state:
+            levels.append([])
+        else:
+            levels[-1].append(number)
+    return levels
+
+
+def renamed(state: State, levels: list[list[int]]) -> State:
+    """The tensors under the names and in the shapes of a `UNet2DModel`."""
+    found: State = {}
+    for name in ("weight", "bias"):
+        found[f"conv_in.{name}"] = state[f"head.{name}"]
+        found[f"conv_norm_out.{name}"] = state[f"tail.0.{name}"]
+        found[f"conv_out.{name}"] = state[f"tail.2.{name}"]
+        found[f"time_embedding.linear_1.{name}"] = state[f"time_embedding.timembedding.1.{name}"]
+        found[f"time_embedding.linear_2.{name}"] = state[f"time_embedding.timembedding.3.{name}"]
+    clock = found["time_embedding.linear_1.weight"]  # its columns: sin, cos, sin, cos, ...
+    found["time_embedding.linear_1.weight"] = torch.cat([clock[:, 0::2], clock[:, 1::2]], dim=1)
+    for old, new in blocks_of(levels):
+        found |= block(state, old, *new)
+    return found
+
+
+def blocks_of(levels: list[list[int]]) -> list[tuple[str, tuple[str, str]]]:
+    """Old name, new prefix and new number of every block."""
+    pairs = [(f"middleblocks.{k}", ("mid_block", str(k))) for k in (0, 1)]
+    depth, up = len(levels), 0
+    for level, numbers in enumerate(levels):
+        pairs += [(f"downblocks.{n}", (f"down_blocks.{level}", str(k))) for k, n in enumerate(numbers)]
+        if level < depth - 1:
+            pairs.append((f"downblocks.{numbers[-1] + 1}", (f"down_blocks.{level}", "downsamplers.0")))
+    for level, numbers in enumerate(reversed(levels)):
+        for k in range(len(numbers) + 1):
+            pairs.append((f"upblocks.{up}", (f"up_blocks.{level}", str(k))))
+            up += 1
+        if level < depth - 1:
+            pairs.append((f"upblocks.{up}", (f"up_blocks.{level}", "upsamplers.0")))
+            up += 1
+    return pairs
+
+
+def block(state: State, old: str, prefix: str, number: str) -> State:
+    """The tensors of one residual block (with its attention) or of one change of resolution."""
+    found: State = {}
+    for key, value in state.items():
+        if not key.startswith(f"{old}."):
+            continue
+        part, name = re.fullmatch(rf"{re.escape(old)}\.(.+)\.(\w+)", key).groups()
+        if part == "main":
+            found[f"{prefix}.{number}.conv.{name}"] = value
+        elif part.startswith("attn."):
+            value = value.flatten(1) if value.dim() == 4 else value  # a 1 x 1 convolution is a linear layer
+            found[f"{prefix}.attentions.{number}.{ATTENTION[part.removeprefix('attn.')]}.{name}"] = value
+        else:
+            found[f"{prefix}.resnets.{number}.{RESNET[part]}.{name}"] = value
+    return found

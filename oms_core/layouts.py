@@ -1,0 +1,285 @@
+"""Where pictures lie and what is said of them there: folders and zips in the layouts that the field uses.
+
+A `Tree` is a folder or a zip. A layout looks at its files and says of each picture its role, label and caption:
+
+| layout                | how it is recognised                                                    |
+|-----------------------|-------------------------------------------------------------------------|
+| `metadata.csv`        | the file, with `file_name`, and `member` and perhaps `label`, `text`    |
+| role folders          | ``member/``, ``nonmember/``, ``auxiliary/``                             |
+| LFW                   | ``Name/Name_0001.jpg`` throughout: the first half of the names are members |
+| anything else         | every picture, in order, of unknown role                                |
+
+Captions come from ``caption.json`` ({file: caption}), from COCO's ``captions_*.json``, or from a ``.txt`` beside
+the picture, as img2dataset writes them for LAION.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import stat
+import zipfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from oms_core.decode import MAX_BYTES
+from oms_core.errors import InputError
+
+READ_ONLY = os.O_RDONLY | sum(getattr(os, flag, 0) for flag in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
+ROLES = ("member", "nonmember", "auxiliary")
+TRUE_WORDS, FALSE_WORDS = ("1", "true", "yes", "member"), ("0", "false", "no", "nonmember", "non-member")
+IGNORED = ("Thumbs.db", "desktop.ini")
+BESIDE = (".txt", ".json", ".csv", ".npz", ".parquet", ".tsv", ".md")  # what may lie beside pictures
+MAX_WORDS = 512 * 2**20  # bytes of a file of captions
+MAX_ENTRIES, MAX_RATIO = 20_000, 200  # of a zip
+LFW = re.compile(r"(?:.*/)?([^/]+)/\1_\d{4}\.(?:jpe?g|png)", re.IGNORECASE)
+
+
+class Listed(NamedTuple):
+    """A picture before it is opened."""
+
+    file: str
+    role: str = ""
+    label: str = ""
+    caption: str = ""
+
+
+@dataclass(eq=False)
+class Folder:
+    """The files below a folder; links to folders are listed, never followed."""
+
+    path: Path
+
+    @cached_property
+    def files(self) -> list[str]:
+        """Relative paths, sorted.
+
+        Raises:
+            InputError: a sub-folder cannot be listed.
+        """
+        found = []
+        for root, folders, files in os.walk(self.path, onerror=refuse_unlisted):
+            links = [name for name in folders if os.path.islink(os.path.join(root, name))]
+            found += [Path(root, file).relative_to(self.path).as_posix() for file in files + links]
+        return sorted(file for file in found if not hidden(file))
+
+    def read(self, file: str) -> bytes:
+        return read_regular(self.path / file)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+@dataclass(eq=False)
+class Zip:
+    """The files in a zip archive; nothing is ever unpacked to disk."""
+
+    path: Path
+
+    @cached_property
+    def archive(self) -> zipfile.ZipFile:
+        try:
+            archive = zipfile.ZipFile(self.path)
+        except (zipfile.BadZipFile, OSError) as error:
+            raise InputError(f"{self.path} is no complete zip archive; pack it again.") from error
+        if len(archive.infolist()) > MAX_ENTRIES:
+            raise InputError(f"{self.path} holds more than {MAX_ENTRIES:,} files; unpack it and name the folder.")
+        return archive
+
+    @cached_property
+    def files(self) -> list[str]:
+        """The names of its entries, sorted."""
+        names = (entry.filename for entry in self.archive.infolist() if not entry.is_dir())
+        return sorted(name for name in names if not hidden(name) and not name.startswith("__MACOSX/"))
+
+    def read(self, file: str) -> bytes:
+        entry = self.archive.getinfo(file)
+        if entry.filename.startswith("/") or ".." in PurePosixPath(file).parts or "\\" in file or ":" in file:
+            raise InputError("its name points out of the archive")
+        if stat.S_ISLNK(entry.external_attr >> 16):
+            raise InputError("it is a link")
+        if entry.flag_bits & 1:
+            raise InputError("it is encrypted")
+        if entry.file_size > MAX_BYTES:
+            raise InputError(f"the file is larger than {MAX_BYTES >> 20} MB")
+        if entry.file_size > MAX_RATIO * max(1, entry.compress_size):
+            raise InputError(f"it unpacks to more than {MAX_RATIO} times its size")
+        try:
+            with self.archive.open(entry) as opened:
+                return opened.read(MAX_BYTES)
+        except (zipfile.BadZipFile, NotImplementedError, OSError, RuntimeError, EOFError, ValueError) as error:
+            raise InputError("the entry is damaged") from error
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+Tree = Folder | Zip
+
+
+def listed(tree: Tree) -> Iterable[Listed]:
+    """Every picture of a tree, by the first layout that fits.
+
+    Raises:
+        InputError: what describes the pictures is damaged or unclear.
+    """
+    if "metadata.csv" in tree.files:
+        return in_metadata(tree)
+    words = captions_in(tree)
+    pictures = [file for file in tree.files if not file.lower().endswith(BESIDE)]
+    if any(file.startswith(tuple(f"{role}/" for role in ROLES)) for file in tree.files):
+        return in_role_folders(pictures, words)
+    if pictures and all(LFW.fullmatch(file) for file in pictures):
+        return in_identity_folders(pictures)
+    return [Listed(file, "", str(PurePosixPath(file).parent).strip("."), words(file)) for file in pictures]
+
+
+def in_role_folders(pictures: list[str], words: Callable[[str], str]) -> Iterable[Listed]:
+    """Pictures below member/, nonmember/ and auxiliary/; a sub-folder is a label, unless it is called images."""
+    for role in ROLES:
+        for file in pictures:
+            parts = PurePosixPath(file).parts
+            if parts[0] == role:
+                label = "/".join(part for part in parts[1:-1] if part != "images")
+                yield Listed(file, role, label, words(file))
+
+
+def in_identity_folders(pictures: list[str]) -> Iterable[Listed]:
+    """Labeled Faces in the Wild: the first half of the names, in order, are members (App. C says half of them)."""
+    names = sorted({LFW.fullmatch(file)[1] for file in pictures})
+    members = {*names[: len(names) // 2]}
+    for file in pictures:
+        name = LFW.fullmatch(file)[1]
+        yield Listed(file, "member" if name in members else "nonmember", name)
+
+
+def in_metadata(tree: Tree) -> Iterable[Listed]:
+    """Each row of ``metadata.csv``.
+
+    Raises:
+        InputError: a column is missing, a value of `member` is unclear, or a path leaves the folder.
+    """
+    try:
+        rows = pd.read_csv(io.BytesIO(tree.read("metadata.csv")), dtype=str, keep_default_na=False)
+    except (ValueError, InputError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"metadata.csv in {tree} cannot be read as CSV: {reason}.") from error
+    for column in ("file_name", "member"):
+        if column not in rows:
+            raise InputError(f"metadata.csv in {tree} has no column {column!r}; it needs file_name and member.")
+    blank = pd.Series("", index=rows.index)
+    columns = (rows.file_name, rows.member, rows.get("label", blank), rows.get("text", blank))
+    for file, member, label, caption in zip(*columns, strict=True):
+        if os.path.isabs(file) or ".." in Path(file).parts:
+            raise InputError(f"metadata.csv in {tree} names {file!r}, which lies outside the folder.")
+        yield Listed(file, role_of(member, f"metadata.csv in {tree}"), label, caption)
+
+
+def role_of(word: str, where: str) -> str:
+    """The role that a cell of the column `member` means.
+
+    Raises:
+        InputError: it is unclear.
+    """
+    word = word.strip().lower()
+    if word in TRUE_WORDS:
+        return "member"
+    if word in FALSE_WORDS:
+        return "nonmember"
+    if word == "auxiliary":
+        return "auxiliary"
+    raise InputError(f"{where} has {word!r} in its column member; use true, false or auxiliary.")
+
+
+def captions_in(tree: Tree) -> Callable[[str], str]:
+    """From a picture to its caption, wherever the tree keeps captions; "" where there is none."""
+    found: dict[str, str] = {}
+    for file in tree.files:
+        name = PurePosixPath(file).name
+        if name == "caption.json" or re.fullmatch(r"captions(_\w+)?\.json", name):
+            found |= captions_of(tree, file)
+    beside = {file for file in tree.files if file.endswith(".txt")}
+
+    def caption(file: str) -> str:
+        text = str(PurePosixPath(file).with_suffix(".txt"))
+        if text in beside:
+            return tree.read(text).decode(errors="replace").strip()
+        return found.get(file, found.get(f"{PurePosixPath(file).parts[0]} {PurePosixPath(file).name}", ""))
+
+    return caption
+
+
+def captions_of(tree: Tree, file: str) -> dict[str, str]:
+    """The captions in a JSON file: {file: caption}, a list of objects, or COCO's annotations.
+
+    Raises:
+        InputError: it is damaged, or none of them.
+    """
+    try:
+        content = json.loads(tree.read(file))
+        pairs = [*caption_pairs(content)]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, InputError) as error:
+        raise InputError(f"{file} in {tree} holds no captions that can be read; restore the original file.") from error
+    root = PurePosixPath(file).parts[0] if "/" in file else None
+    near = PurePosixPath(file).parent
+    named: dict[str, str] = {}
+    for name, caption in pairs:
+        for place in (near / name, near / "images" / name):
+            named[str(place)] = caption
+        if root:
+            named[f"{root} {PurePosixPath(name).name}"] = caption
+    return named
+
+
+def caption_pairs(content: Any) -> Iterable[tuple[str, str]]:
+    """File and caption; of several captions of a picture the first counts."""
+    if isinstance(content, dict) and "annotations" in content:
+        names = {image["id"]: image["file_name"] for image in content["images"]}
+        rows = [(names[row["image_id"]], row["caption"]) for row in reversed(content["annotations"])]
+    elif isinstance(content, dict):
+        rows = [*content.items()]
+    else:
+        rows = [
+            (next(row[key] for key in ("file_name", "image", "file") if key in row), row["caption"]) for row in content
+        ]
+    for name, caption in rows:
+        yield str(name), str(caption[0] if isinstance(caption, list) else caption).strip()
+
+
+def hidden(file: str) -> bool:
+    """Whether a file is the system's, not the user's."""
+    parts = PurePosixPath(file).parts
+    return any(part.startswith(".") for part in parts) or parts[-1] in IGNORED
+
+
+def refuse_unlisted(error: OSError) -> None:
+    raise InputError(f"The folder {error.filename} cannot be listed; allow reading it.") from error
+
+
+def read_regular(path: Path) -> bytes:
+    """The bytes of a regular file of at most `MAX_BYTES`; a pipe or a device is never waited for.
+
+    Raises:
+        InputError: it cannot be opened, is not a regular file, or is too large.
+    """
+    try:
+        handle = os.open(path, READ_ONLY)
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            os.close(handle)
+            raise InputError("not a regular file")
+        with open(handle, "rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:
+        raise InputError("the file cannot be opened") from error
+    if len(data) > MAX_BYTES:
+        raise InputError(f"the file is larger than {MAX_BYTES >> 20} MB")
+    return data
