@@ -1,6 +1,7 @@
 # Two commands: `make app` starts the app, `make test` runs every test. Both install what they need, once.
 PYTHON ?= python3
 VENV := .venv
+MODELS := ddpm-digits ddpm-fashion uvit-digits uvit-fashion sd-fashion
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
@@ -22,7 +23,7 @@ format: $(VENV)/.installed-test
 
 # The precomputed scenes, made by the command that a user would run.
 signals: $(VENV)/.installed
-	for model in ddpm-digits ddpm-fashion; do \
+	for model in $(MODELS); do \
 	  OMS_CACHE=assets/signals $(BIN)/python -m oms_core score --model $$model --attack NA,PIA --steps 10 --traces 8 && \
 	  OMS_CACHE=assets/signals $(BIN)/python -m oms_core score --model $$model || exit 1; \
 	done

@@ -5,7 +5,6 @@ import sys
 import streamlit as st
 
 from oms_core import cache, catalog, figures
-from oms_core.exhibits import dimension
 from oms_core.run import lookup, lookup_trace, plan, residuals
 from pages.common.context import Context
 from pages.common.pictures import READY, ordinary
@@ -66,7 +65,7 @@ def pair(context: Context) -> None:
         found = lookup_trace(planned, image)
         if found is not None:
             own.append((name, role == "member", found.residuals()))
-    show(figures.path(cohort, own, run.steps, dimension(planned)), "path")
+    show(figures.path(cohort, own, run.steps, planned.model.dimension), "path")
 
 
 def system_check() -> None:

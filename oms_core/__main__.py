@@ -15,14 +15,19 @@ from typing import Any
 from oms_core import exhibits
 from oms_core.attacks import COMPARED
 from oms_core.errors import InputError
+from oms_core.images import inspection, open_images
 from oms_core.run import Run, plan, scores
+from oms_core.training.recipes import RECIPES
 
 EPILOG = """examples:
   python -m oms_core evaluate --model ddpm-digits                      every attack, with and without OMS
   python -m oms_core evaluate --model ddpm-digits@300 --attack NA --t 200
   python -m oms_core score --model FOLDER --images FOLDER --attack PIA --out scores.parquet
   python -m oms_core figure D1 --model ddpm-fashion --out roc.html
+  python -m oms_core evaluate --model sd-fashion --captions blip       captions written by BLIP
   python -m oms_core table 1
+  python -m oms_core images member=FOLDER,nonmember=FILE.zip           what an image set holds
+  python -m oms_core convert ckpt.pt --to FOLDER                       a research checkpoint as diffusers folder
 
 An attack starts a search for the noise of a picture, eps^n = f(eps^(n-1)). n = 1 is the attack as published,
 n = 2 adds One More Step (OMS). Larger scores mean: more likely a member of the training set.
@@ -70,16 +75,27 @@ def parser() -> argparse.ArgumentParser:
     drawing = add(commands, "figure", figure_command, "draw a figure of the paper", run=True)
     drawing.add_argument("name", help=f"one of {', '.join(exhibits.FIGURES)}")
     drawing.add_argument("--out", type=Path, help="an .html (self-contained), .png or .svg file")
+    drawing.set_defaults(model="")  # the first built-in model of the figure's family
 
     tabling = add(commands, "table", table_command, "a table of the paper, its figures beside the measured", run=True)
     tabling.add_argument("name", help=f"one of {', '.join(exhibits.TABLES)}")
-    tabling.set_defaults(model="")  # every built-in model
+    tabling.set_defaults(model="")  # every built-in model of the table's family
 
     training = add(commands, "train", train_command, "train a built-in model again, or check the shipped files")
-    training.add_argument("name", nargs="?", help="ddpm-digits or ddpm-fashion")
+    training.add_argument("name", nargs="?", help=f"one of {', '.join(RECIPES)}")
     training.add_argument("--check", action="store_true", help="compare every shipped file with its digest")
     training.add_argument("--to", type=Path, help="folder for the model; by default assets/models")
     training.add_argument("--json", action="store_true", help="print JSON")
+
+    seeing = add(
+        commands, "images", images_command, "say what an image set holds: counts, sizes, roles, rejected files"
+    )
+    seeing.add_argument("name", metavar="DESCRIBE", help="digits, fashion, a folder, .zip, .parquet, or hub:owner/name")
+    seeing.add_argument("--json", action="store_true", help="print JSON")
+
+    converting = add(commands, "convert", convert_command, "make a diffusers folder of a research checkpoint")
+    converting.add_argument("file", type=Path, help="a .pt of the pytorch-ddpm family, or U-ViT's .pth")
+    converting.add_argument("--to", type=Path, required=True, help="the folder to make")
 
     assembling = add(commands, "assemble", assemble_command, "make the built-in image sets from their originals")
     assembling.add_argument("--source", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
@@ -123,14 +139,14 @@ def run_of(options: argparse.Namespace) -> Run:
 class Bar:
     """Progress on standard error, shown only where somebody is looking or the work takes long."""
 
-    def __init__(self, label: str) -> None:
-        self.label, self.bar = label, None
+    def __init__(self) -> None:
+        self.bar: Any = None
 
     def __call__(self, progress: Any) -> None:
         if self.bar is None:
             from tqdm import tqdm
 
-            self.bar = tqdm(total=progress.total, desc=self.label, unit="picture", file=sys.stderr, delay=1)
+            self.bar = tqdm(total=progress.total, desc=progress.stage, unit="picture", file=sys.stderr, delay=1)
         self.bar.update(progress.done - self.bar.n)
         if progress.done == progress.total:
             self.bar.close()
@@ -152,7 +168,7 @@ def score_command(options: argparse.Namespace) -> None:
     planned = plan(run)
     if options.out and options.out.suffix not in (".parquet", ".csv"):
         raise InputError(f"{options.out} is neither .parquet nor .csv; name a file of one of these kinds.")
-    signals = score(run, Bar("scoring"))
+    signals = score(run, Bar())
     table = scores(planned, signals)
     if options.distances:
         distances = [signals[task.attack.name].assign(attack=task.attack.name) for task in planned.tasks]
@@ -204,7 +220,7 @@ def write_table(table: Any, out: Path) -> None:
 
 def evaluate_command(options: argparse.Namespace) -> None:
     run = run_of(options)
-    rows = exhibits.evaluate(run, Bar("scoring"))
+    rows = exhibits.evaluate(run, Bar())
     report_rejected(plan(run).images.rejected)
     if options.json:
         print_json(rows)
@@ -217,7 +233,7 @@ def figure_command(options: argparse.Namespace) -> None:
     out = options.out or Path(f"figure-{options.name}.html")
     if out.suffix not in (".html", ".png", ".svg"):
         raise InputError(f"{out} is neither .html, .png nor .svg; name a file of one of these kinds.")
-    planned, chart = exhibits.figure(options.name, run_of(options), Bar("scoring"))
+    planned, chart = exhibits.figure(options.name, run_of(options), Bar())
     title = f"Figure {options.name}: {shown.title} ({planned.model.name}, {planned.images.name})"
     from oms_core.export import write_figure
 
@@ -229,8 +245,7 @@ def figure_command(options: argparse.Namespace) -> None:
 
 
 def table_command(options: argparse.Namespace) -> None:
-    models = [options.model] if options.model else []
-    rows = exhibits.table(options.name, models, run_of(options), Bar("scoring"))
+    rows = exhibits.table(options.name, run_of(options), Bar())
     if options.json:
         print_json(rows)
     else:
@@ -245,9 +260,7 @@ def papers(row: dict[str, Any]) -> dict[str, str]:
 
 def train_command(options: argparse.Namespace) -> None:
     if options.check == bool(options.name):
-        raise InputError(
-            "Name a model to train, ddpm-digits or ddpm-fashion, or use --check to verify what is shipped."
-        )
+        raise InputError(f"Name what to train, one of {', '.join(RECIPES)}, or use --check to verify what is shipped.")
     if options.check:
         from oms_core.cards import check
 
@@ -260,11 +273,29 @@ def train_command(options: argparse.Namespace) -> None:
         if wrong:
             raise InputError(f"{len(wrong)} of {len(rows)} shipped files are not as their card says, first {wrong[0]}.")
         return
-    from oms_core.train import MODELS, RECIPES, Training
+    from oms_core.training.loop import Training
 
     if options.name not in RECIPES:
         raise InputError(f"There is no recipe {options.name!r}; known are {', '.join(RECIPES)}.")
-    print(f"written to {Training(options.name).run(options.to or MODELS)}")
+    print(f"written to {Training(options.name).run(options.to)}")
+
+
+def images_command(options: argparse.Namespace) -> None:
+    found = inspection(open_images(options.name))
+    if options.json:
+        print_json(found)
+        return
+    print(f"{found['name']}: {found['pictures']} pictures, {found['captioned']} with a caption")
+    for what in ("roles", "sizes"):
+        print(f"{what}: {', '.join(f'{count} {value}' for value, count in found[what].items())}")
+    for reason, files in found["rejected"].items():
+        print(f"rejected, {reason}: {len(files)} ({', '.join(files[:3])}{', ...' if len(files) > 3 else ''})")
+
+
+def convert_command(options: argparse.Namespace) -> None:
+    from oms_core.convert import convert
+
+    print(f"{options.file} is {convert(options.file, options.to)}; written to {options.to}")
 
 
 def assemble_command(options: argparse.Namespace) -> None:
@@ -318,7 +349,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     """Rows as aligned text."""
     import pandas as pd
 
-    print(pd.DataFrame(rows).fillna("").to_string(index=False))
+    print(pd.DataFrame(rows, dtype=object).fillna("").to_string(index=False))
 
 
 def print_json(value: Any) -> None:

@@ -175,7 +175,7 @@ def commit(path: Path, rows: pd.DataFrame, key: str, shard: int) -> None:
     table = table.replace_schema_metadata({"key": key, "shard": str(shard), "rows": digest_of_rows(rows)})
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        pq.write_table(table, partial, compression="zstd", write_page_checksum=True)
+        pq.write_table(table, partial, **encoding(table))
         pq.read_table(partial, page_checksum_verification=True)
         flush(partial)
         os.link(partial, path)
@@ -184,6 +184,19 @@ def commit(path: Path, rows: pd.DataFrame, key: str, shard: int) -> None:
     finally:
         partial.unlink(missing_ok=True)
     flush(path.parent)
+
+
+def encoding(table: pa.Table) -> dict[str, Any]:
+    """Floating-point numbers byte by byte, which shrinks them by a third, and a checksum on every page."""
+    numbers = [field.name for field in table.schema if pa.types.is_floating(field.type)]
+    others = [name for name in table.column_names if name not in numbers]
+    return {
+        "compression": "zstd",
+        "compression_level": 9,
+        "use_byte_stream_split": numbers,
+        "use_dictionary": others,
+        "write_page_checksum": True,
+    }
 
 
 def read_part(path: Path, key: str, shard: int) -> pd.DataFrame | None:
@@ -235,7 +248,7 @@ def add_notes(key: str, rows: pd.DataFrame) -> None:
 
 def read_notes(key: str) -> pd.DataFrame:
     """All that is known of single pictures under a key, a row per picture; empty where nothing is."""
-    paths = [path for root in roots() for path in sorted((root / key[:2] / key).glob("notes-*.parquet"))]
+    paths = [path for root in roots() for path in sorted((root / key[:2] / key).glob("notes-*"))]
     frames = [frame for path in paths if (frame := read_part(path, key, 0)) is not None]
     return pd.concat(frames).drop_duplicates("image") if frames else pd.DataFrame()
 

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 SHIPPED = ASSETS / "captioners"
 BATCH = 32  # pictures that are captioned at once
 LONGEST = 40  # new tokens of a caption
-FILES = ("config.json", "preprocessor_config.json")
 
 
 @dataclass(frozen=True)
@@ -132,12 +131,12 @@ def loaded(captioner: Captioner, placement: Placement) -> Callable[[list[Image.I
     from transformers import BertTokenizer, BlipForConditionalGeneration
     from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-    from oms_core.families.base import load_text_encoder
+    from oms_core.families.base import load_text_encoder, load_tokenizer
 
     device, dtype = torch.device(placement.device), getattr(torch, placement.dtype)
     model = load_text_encoder(BlipForConditionalGeneration, captioner.folder, captioner.name, dtype).to(device)
-    tokenizer = BertTokenizer.from_pretrained(captioner.folder, local_files_only=True)
-    processor = BlipImageProcessorPil.from_pretrained(captioner.folder, local_files_only=True)
+    tokenizer = load_tokenizer(BertTokenizer, captioner.folder, captioner.name)
+    processor = load_tokenizer(BlipImageProcessorPil, captioner.folder, captioner.name)
     longest = min(LONGEST, model.config.text_config.max_position_embeddings - 2)
 
     @torch.inference_mode()

@@ -5,6 +5,7 @@ by ``ideal:SET`` for the closed-form memoriser of an image set's members, by a d
 ``owner/name`` of a Hugging Face repository.
 """
 
+import math
 import os
 import re
 from dataclasses import dataclass, field
@@ -41,6 +42,7 @@ class Model:
         kind: the class of its network.
         parts: folder of each of its parts, see `oms_core.folders.Folder`.
         schedule: the scheduler's config.
+        latent: (C, H, W) of x_0 where it is a latent, else nothing.
         captioned: whether its noise depends on a caption (or on the name of a class).
         commit: of the repository that it was fetched from.
     """
@@ -56,8 +58,14 @@ class Model:
     kind: str = ""
     parts: dict[str, Path] = field(default_factory=dict, compare=False)
     schedule: dict[str, Any] = field(default_factory=dict, compare=False)
+    latent: tuple[int, ...] = ()
     captioned: bool = False
     commit: str = ""
+
+    @property
+    def dimension(self) -> int:
+        """How many numbers x_0 has."""
+        return math.prod(self.latent or (*self.profile.size, self.profile.channels))
 
 
 def built_in() -> dict[str, dict[str, Any]]:
@@ -136,7 +144,8 @@ def in_folder(folder: Path, name: str, images: str = "", card: dict[str, Any] | 
         found.kind,
         found.parts,
         found.schedule,
-        "vae" in found.parts,
+        found.latent,
+        KINDS[found.kind].captioned,
         commit,
     )
 

@@ -243,6 +243,16 @@ def trace(run: Run, image: str) -> Trace:
     return found if found is not None else compute_trace(planned, image)
 
 
+def pictures_of(found: Trace, denoiser: Denoiser, x_0: Tensor) -> np.ndarray:
+    """What the latents of a trace look like, see `Trace.pictures`; x_0 says where they are decoded."""
+    import torch
+
+    steps = range(len(found.eps))
+    latents = [*(found.x_t(n) for n in steps), *(found.predicted_x_0(n) for n in steps)]
+    decoded = [denoiser.decode(torch.from_numpy(x)[None].to(x_0))[0] for x in latents]
+    return np.stack(decoded).reshape(2, len(steps), *decoded[0].shape)
+
+
 def compute_trace(planned: Plan, image: str) -> Trace:
     """Ask the model for the iterates of one picture, and keep them."""
     import torch
@@ -255,8 +265,10 @@ def compute_trace(planned: Plan, image: str) -> Trace:
     with torch.inference_mode():
         probe = probe_of(denoiser, group, group.pixels(denoiser.profile), run.seed)
         eps = torch.cat(search(task, probe, run.steps).eps).float().cpu().numpy()  # (N + 1, C, H, W)
-    alpha, sigma = denoiser.coefficients(task.t + task.attack.reach)
-    found = Trace(probe.x_0[0].float().cpu().numpy(), eps, alpha, sigma)
+        alpha, sigma = denoiser.coefficients(task.t + task.attack.reach)
+        found = Trace(probe.x_0[0].float().cpu().numpy(), eps, alpha, sigma)
+        if planned.model.latent:
+            found = replace(found, pictures=pictures_of(found, denoiser, probe.x_0))
     content = trace_content(planned, image)
     entry = cache.Entry(cache.key_of(content), cache.Variant(placement.device, placement.dtype, 1, run.steps), 1)
     entry.write(0, found.rows())

@@ -53,20 +53,18 @@ def convert(file: Path, to: Path) -> str:
         raise InputError(f"{to} exists already; name a folder that does not.")
     content = read(file)
     if "pos_embed" in content:
-        words, network = "a U-ViT", uvit(content, file)
-    elif isinstance(content.get("ema_model", content.get("net_model")), dict):
-        words, network = "a DDPM of the pytorch-ddpm family", research_unet(content, file)
+        words, made = "a U-ViT", uvit(content, file)
+        network = made
+    elif state := averaged(content):
+        words, made = "a DDPM of the pytorch-ddpm family", research_ddpm(state, content.get("x_T"), file)
+        network = made.unet
     else:
         raise InputError(
             f"{file} has neither ema_model nor net_model (pytorch-ddpm) nor pos_embed (U-ViT); its layout is unknown."
         )
     with tempfile.TemporaryDirectory(dir=to.parent if to.parent.is_dir() else None) as work:
         folder = Path(work) / "model"
-        if isinstance(network, UVit):
-            network.save_pretrained(folder)
-        else:
-            steps = len(content_of(content)["time_embedding.timembedding.0.weight"])
-            DDPMPipeline(network, DDPMScheduler(num_train_timesteps=steps, **LINEAR)).save_pretrained(folder)
+        made.save_pretrained(folder)
         to.parent.mkdir(parents=True, exist_ok=True)
         shutil.move(folder, to)
     return f"{words}, {network.num_parameters():,} parameters, {network.config.sample_size} pixels"
@@ -85,7 +83,7 @@ def read(file: Path) -> dict[str, Any]:
     except Exception as error:  # unpickling fails in many ways
         if "weights_only" in str(error) or "Unsupported" in str(error):
             raise InputError(
-                f"{file} holds objects other than tensors, which could run code; save its state dicts alone and try again."
+                f"{file} holds objects other than tensors, which could run code; save its state dicts alone."
             ) from error
         raise InputError(f"{file} is no checkpoint that torch can read: {reason(error)}") from error
     if not isinstance(content, dict):
@@ -93,10 +91,10 @@ def read(file: Path) -> dict[str, Any]:
     return content
 
 
-def content_of(content: dict[str, Any]) -> State:
+def averaged(content: dict[str, Any]) -> State:
     """The averaged weights, or the plain ones where there are no others, without DataParallel's prefix."""
-    state = content.get("ema_model", content.get("net_model"))
-    return {key.removeprefix("module."): value for key, value in state.items()}
+    states = [content[name] for name in ("ema_model", "net_model") if isinstance(content.get(name), dict)]
+    return {str(key).removeprefix("module."): value for key, value in states[0].items()} if states else {}
 
 
 def filled(network: ModelMixin, state: State, file: Path) -> Any:
@@ -128,17 +126,32 @@ def uvit(state: State, file: Path) -> UVit:
     return filled(network, state, file)
 
 
-def research_unet(content: dict[str, Any], file: Path) -> UNet2DModel:
-    """A UNet of the pytorch-ddpm family as a `UNet2DModel` with the same outputs."""
-    state = content_of(content)
+def research_ddpm(state: State, noise: Tensor | None, file: Path) -> DDPMPipeline:
+    """A UNet of the pytorch-ddpm family as a `UNet2DModel` with the same outputs, and its schedule.
+
+    Args:
+        state: its tensors.
+        noise: the `x_T` of the checkpoint, which alone knows the size of the pictures.
+        file: the checkpoint.
+    """
+    if not isinstance(noise, Tensor):
+        raise InputError(f"{file} lacks x_T, which tells the size of its pictures.")
     try:
         levels = levels_of(state)
-        width, channels = state["head.weight"].shape[:2]
-        size = content["x_T"].shape[-1]
-    except (KeyError, AttributeError, IndexError) as error:
+        network, tensors = research_unet(state, levels, noise.shape[-1]), renamed(state, levels)
+        steps = len(state["time_embedding.timembedding.0.weight"])
+    except KeyError as error:
         raise InputError(f"{file} lacks {error} of a pytorch-ddpm checkpoint.") from error
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        raise InputError(f"{file} is not laid out as a pytorch-ddpm checkpoint: {reason(error)}") from error
+    return DDPMPipeline(filled(network, tensors, file), DDPMScheduler(num_train_timesteps=steps, **LINEAR))
+
+
+def research_unet(state: State, levels: list[list[int]], size: int) -> UNet2DModel:
+    """A `UNet2DModel` of the sizes that are read off the tensors, its weights still to be filled in."""
+    width, channels = state["head.weight"].shape[:2]
     attended = [f"downblocks.{level[0]}.attn.proj_q.weight" in state for level in levels]
-    network = UNet2DModel(
+    return UNet2DModel(
         sample_size=size,
         in_channels=channels,
         out_channels=state["tail.2.weight"].shape[0],
@@ -153,7 +166,6 @@ def research_unet(content: dict[str, Any], file: Path) -> UNet2DModel:
         norm_eps=1e-5,
         norm_num_groups=min(32, width),
     )
-    return filled(network, renamed(state, levels), file)
 
 
 def levels_of(state: State) -> list[list[int]]:
@@ -215,5 +227,5 @@ def block(state: State, old: str, prefix: str, number: str) -> State:
             value = value.flatten(1) if value.dim() == 4 else value  # a 1 x 1 convolution is a linear layer
             found[f"{prefix}.attentions.{number}.{ATTENTION[part.removeprefix('attn.')]}.{name}"] = value
         else:
-            found[f"{prefix}.resnets.{number}.{RESNET[part]}.{name}"] = value
+            found[f"{prefix}.resnets.{number}.{RESNET.get(part, part)}.{name}"] = value
     return found

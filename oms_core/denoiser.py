@@ -34,6 +34,9 @@ class Denoiser(Protocol):
     def encode(self, pixels: np.ndarray) -> Tensor:
         """x_0 on the model's device, (B, C, H, W), from pixels of shape (B, H, W, C) uint8."""
 
+    def decode(self, x_0: Tensor) -> np.ndarray:
+        """The pictures that x_0 stands for, pixels of shape (B, H, W, C) uint8; the reverse of `encode`."""
+
     def condition(self, captions: Sequence[str]) -> Any:
         """What `eps` needs besides x_t, one entry per picture; None for an unconditional model."""
 

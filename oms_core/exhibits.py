@@ -13,7 +13,7 @@ from oms_core.attacks import ATTACKS, COMPARED
 from oms_core.compute import Tick, score
 from oms_core.errors import InputError
 from oms_core.figures import Chart
-from oms_core.run import Plan, Run, calls, column, plan, residuals, scores
+from oms_core.run import Plan, Run, calls, column, errors, plan, residuals, scores
 
 PAIRS = ((0, 1), (0, 2), (0, 3), (1, 2), (2, 3))  # Fig. 3
 FALSE_ALARMS = 0.05  # the rate at which Figures F.1a and F.1b compare
@@ -29,24 +29,28 @@ class Exhibit:
         draw: from a plan and its distances to the chart.
         attacks: which attacks it compares unless others are named.
         steps: how far the search must go.
+        family: whose first shipped model it shows unless one is named.
+        limit: how many pictures it takes unless a number is given.
     """
 
     title: str
     draw: Callable[[Plan, Signals], Chart]
     attacks: tuple[str, ...]
     steps: int
+    family: str = "ddpm"
+    limit: int | None = None
 
 
 def boxes(planned: Plan, signals: Signals) -> Chart:
     """Figure 1, below: residuals by n."""
     rows = residuals(planned, signals[planned.tasks[0].attack.name])
-    return figures.residual_boxes(rows, dimension(planned))
+    return figures.residual_boxes(rows, planned.model.dimension)
 
 
-def dimension(planned: Plan) -> int:
-    """How many numbers a picture has."""
-    height, width = planned.model.profile.size
-    return height * width * planned.model.profile.channels
+def residuals_and_errors(planned: Plan, signals: Signals) -> Chart:
+    """Figure B.2: residuals and errors against eps^20 by n."""
+    signal = signals[planned.tasks[0].attack.name]
+    return figures.residual_and_error(residuals(planned, signal), errors(planned, signal), planned.model.dimension)
 
 
 def pairs(planned: Plan, signals: Signals) -> Chart:
@@ -89,6 +93,12 @@ def curves(table: pd.DataFrame, scales: tuple[str, ...]) -> Chart:
     return figures.roc_curves(found, scales)
 
 
+def both_rocs(planned: Plan, signals: Signals) -> Chart:
+    """Figure D.3: linear and log ROC side by side."""
+    table = metrics.check_scores(scores(planned, signals))
+    return curves(table[table.n <= 2], ("linear", "log"))
+
+
 def log_roc(planned: Plan, signals: Signals) -> Chart:
     """Figure D.2."""
     return roc(planned, signals, "log")
@@ -117,11 +127,17 @@ def labels(planned: Plan, signals: Signals) -> Chart:
     return figures.changed_labels(changes.assign(label=label.loc[changes.image].to_numpy()))
 
 
+LAST = 20  # the iterate that Figures B.1 and B.2 take for the fixed point
+
 FIGURES = {
     "1": Exhibit("Residuals by step, members and non-members", boxes, ("NA",), 10),
+    "B2": Exhibit("Residual and error by step on U-ViT", residuals_and_errors, ("NA",), LAST, family="uvit", limit=600),
     "3": Exhibit("AUC of each distance between iterates", pairs, COMPARED, 3),
     "D1": Exhibit("ROC curves without and with OMS", roc, COMPARED, 2),
     "D2": Exhibit("ROC curves on log scales without and with OMS", log_roc, COMPARED, 2),
+    "D3": Exhibit(
+        "ROC curves of a text-to-image model, linear and log", both_rocs, COMPARED, 2, family="stable_diffusion"
+    ),
     "F1a": Exhibit("Scores before and after OMS", histograms, ("NA",), 2),
     "F1b": Exhibit("Labels of the members that OMS corrects, and of those it newly breaks", labels, ("NA",), 2),
 }
@@ -139,10 +155,11 @@ def exhibit(name: str) -> Exhibit:
 
 
 def figure(name: str, run: Run, tick: Tick | None = None) -> tuple[Plan, Chart]:
-    """Compute what a figure needs and draw it; a run that names no attacks or too few steps is completed."""
+    """Compute what a figure needs and draw it; a run that names no model, no attacks or too few steps is completed."""
     shown = exhibit(name)
     named = run.attacks if run.attacks != COMPARED else shown.attacks
-    run = replace(run, attacks=named, steps=max(run.steps, shown.steps))
+    model, limit = run.model or of_family(shown.family)[0], run.limit or shown.limit
+    run = replace(run, model=model, attacks=named, steps=max(run.steps, shown.steps), limit=limit)
     planned = plan(run)
     return planned, shown.draw(planned, score(run, tick))
 
@@ -155,27 +172,46 @@ def evaluate(run: Run, tick: Tick | None = None) -> list[dict[str, Any]]:
     return [names | row for row in metrics.evaluate(table, calls(planned))]
 
 
-def table_1(models: list[str], run: Run, tick: Tick | None = None) -> list[dict[str, Any]]:
-    """Table 1: every attack without and with OMS on each model, the paper's figures beside in `paper`."""
-    rows = []
-    for model in models:
-        for row in evaluate(replace(run, model=model), tick):
-            rows.append(row | {"paper": paper.ddpm(row["attack"], row["n"])})
-    return rows
+@dataclass(frozen=True)
+class Table:
+    """A table of the paper: every attack without and with OMS on each model of a family.
+
+    Attributes:
+        title: what it shows.
+        family: whose shipped models it shows unless one is named.
+        paper: from an attack and n to the paper's figures.
+    """
+
+    title: str
+    family: str
+    paper: Callable[[str, int], paper.Reported]
 
 
-TABLES = {"1": table_1}
+TABLES = {
+    "1": Table("MIA methods on DDPM", "ddpm", paper.ddpm),
+    "3": Table("MIA methods on text-to-image models", "stable_diffusion", paper.text_to_image),
+    "4": Table("MIA methods on U-ViT", "uvit", paper.uvit),
+}
 
 
-def table(name: str, models: list[str], run: Run, tick: Tick | None = None) -> list[dict[str, Any]]:
-    """A table by its number in the paper.
+def table(name: str, run: Run, tick: Tick | None = None) -> list[dict[str, Any]]:
+    """A table by its number in the paper, measured on the run's model or, without one, on every shipped model of
+    its family; the paper's figures beside in `paper`.
 
     Raises:
         InputError: no such table.
     """
     if name not in TABLES:
         raise InputError(f"There is no table {name!r}; known are {', '.join(TABLES)}.")
-    return TABLES[name](models or [*catalog.built_in()], run, tick)
+    shown = TABLES[name]
+    models = [run.model] if run.model else of_family(shown.family)
+    rows = [row for model in models for row in evaluate(replace(run, model=model), tick)]
+    return [row | {"paper": shown.paper(row["attack"], row["n"])} for row in rows]
+
+
+def of_family(family: str) -> list[str]:
+    """The shipped models of a family, by name."""
+    return [name for name, card in catalog.built_in().items() if card["family"] == family]
 
 
 def listing(what: str) -> list[dict[str, Any]]:
@@ -210,4 +246,14 @@ def list_figures() -> list[dict[str, Any]]:
     return [{"name": name, "title": shown.title} for name, shown in FIGURES.items()]
 
 
-LISTINGS = {"models": list_models, "images": list_images, "attacks": list_attacks, "figures": list_figures}
+def list_tables() -> list[dict[str, Any]]:
+    return [{"name": name, "title": shown.title} for name, shown in TABLES.items()]
+
+
+LISTINGS = {
+    "models": list_models,
+    "images": list_images,
+    "attacks": list_attacks,
+    "figures": list_figures,
+    "tables": list_tables,
+}

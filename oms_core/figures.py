@@ -25,6 +25,7 @@ ATTACK_COLOURS = {
 }
 DASH = {1: "dot", 2: "solid", 3: "dash"}  # the paper's convention: dotted without OMS, solid with
 LEAST_RATE = 1e-3  # where the log-scaled ROC begins
+SUPERSCRIPT = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 BAND = (0.1, 0.9)  # quantiles of a cohort drawn as a band
 
 
@@ -81,6 +82,42 @@ def residual_boxes(residuals: pd.DataFrame, dimension: int) -> Chart:
     layout(figure, "step n", "residual ‖δⁿ‖₂")
     table = residuals.groupby(["n", "member"]).residual.describe()[["count", "25%", "50%", "75%"]].reset_index()
     return Chart(figure, residual_sentence(residuals), table)
+
+
+def residual_and_error(residuals: pd.DataFrame, errors: pd.DataFrame, dimension: int, shown: int = 10) -> Chart:
+    """Boxes of the residual by n, left, and of the distance from the last iterate, right (Fig. B.1, B.2).
+
+    Args:
+        residuals: image, member, n, residual.
+        errors: image, member, n, error.
+        dimension: how many numbers x_0 has.
+        shown: the largest n that is drawn.
+    """
+    figure = make_subplots(1, 2, horizontal_spacing=0.1)
+    green, groups = math.sqrt(2 * dimension), ((residuals, "residual"), (errors, "error"))
+    for place, (rows, value) in enumerate(groups, start=1):
+        rows = rows[(rows.n >= 1) & (rows.n <= shown)]
+        for member, name, colour, _, _ in GROUPS:
+            own = rows[rows.member == member]
+            figure.add_box(
+                x=own.n, y=own[value], name=name, marker_color=colour, boxpoints=False, line_width=1.5,
+                offsetgroup=name, legendgroup=name, showlegend=place == 1, row=1, col=place,
+            )  # fmt: skip
+        figure.add_hline(green, line_color=NOISE, line_dash="dashdot", row=1, col=place)
+        figure.update_yaxes(residual_axis(np.append(rows[value], green)), row=1, col=place)
+    figure.update_layout(boxmode="group")
+    layout(figure, "step n", "residual ‖δⁿ‖₂")
+    figure.update_xaxes(dtick=1)
+    last = int(residuals.n.max())
+    figure.update_yaxes(title_text=f"error ‖εⁿ - ε{str(last).translate(SUPERSCRIPT)}‖₂", col=2)
+    near = errors[errors.n == min(shown, last - 1)].groupby("member").error.median()
+    alt = residual_sentence(residuals[residuals.n <= shown]) + (
+        f" Median distance from eps^{last} at n = {min(shown, last - 1)}: {near.get(True, math.nan):.2f} for members, "
+        f"{near.get(False, math.nan):.2f} for non-members."
+    )
+    medians = errors.groupby(["n", "member"]).error.median().reset_index()
+    table = residuals.groupby(["n", "member"]).residual.median().reset_index().merge(medians, how="outer")
+    return Chart(figure, alt, table)
 
 
 def residual_axis(values: np.ndarray) -> dict:

@@ -21,6 +21,7 @@ DIFFUSED = (
     "EulerDiscreteScheduler",
     "DPMSolverMultistepScheduler",
 )
+DEPTHS = ("layers_per_block", "num_layers", "depth", "num_hidden_layers", "transformer_layers_per_block")
 FLOW = ("FlowMatchEulerDiscreteScheduler",)
 DEFAULT_SCHEDULE = {"_class_name": "DDPMScheduler", "num_train_timesteps": 1000, "beta_schedule": "linear"}
 NEVER_LOADED = ("safety_checker", "feature_extractor", "image_encoder")
@@ -54,6 +55,11 @@ class Kind:
     settings: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     schedulers: tuple[str, ...] = DIFFUSED
 
+    @property
+    def captioned(self) -> bool:
+        """Whether its noise depends on a caption, or on the name of a class: every latent kind here does."""
+        return "vae" in self.parts
+
 
 UNCONDITIONAL = {
     "class_embed_type": (None,),
@@ -62,6 +68,7 @@ UNCONDITIONAL = {
 }
 ONLY_CAPTIONS = {
     "class_embed_type": (None,),
+    "num_class_embeds": (None,),
     "addition_embed_type": (None,),
     "encoder_hid_dim_type": (None,),
     "time_embedding_type": ("positional",),
@@ -87,6 +94,7 @@ class Folder:
         config: the network's.
         schedule: the scheduler's config, with its class; empty where the family has its own clock.
         profile: the pictures it takes.
+        latent: (C, H, W) of x_0 where it is a latent, else nothing.
         parameters: how many numbers all its parts hold.
         fingerprint: SHA-256 over everything that decides its outputs.
     """
@@ -96,6 +104,7 @@ class Folder:
     config: dict[str, Any]
     schedule: dict[str, Any]
     profile: Profile
+    latent: tuple[int, ...]
     parameters: int
     fingerprint: str
 
@@ -118,13 +127,12 @@ def read_folder(folder: Path) -> Folder:
     parameters = sum(sum(part) for part in sizes.values())
     if parameters > MAX_PARAMETERS:
         raise InputError(f"{folder} holds more than {MAX_PARAMETERS // 10**9} billion parameters.")
-    layers = config.get("layers_per_block", 2)
-    if isinstance(layers, list):
-        layers = max(layers, default=0)
-    if not isinstance(layers, int) or layers > len(sizes["network"]):
-        raise InputError(f"{network / 'config.json'} has layers_per_block {layers!r}, more than its weights hold.")
-    profile = profile_of(config, parts)
-    return Folder(kind, parts, config, schedule, profile, parameters, fingerprint(parts, schedule))
+    for name, part in sizes.items():
+        check_depth(parts[name] / "config.json", len(part))
+    profile, classes = profile_of(config, parts), classes_of(index)
+    sides = [side // profile_scale(parts) for side in profile.size]
+    latent = (config["in_channels"], *sides) if "vae" in parts else ()
+    return Folder(kind, parts, config, schedule, profile, latent, parameters, fingerprint(parts, schedule, classes))
 
 
 def kind_of(config: dict[str, Any], path: Path) -> str:
@@ -156,6 +164,9 @@ def check_parts(index: dict[str, Any], kind: str, folder: Path) -> dict[str, Pat
     for name in known.parts:
         if name not in found:
             raise InputError(f"{folder} has no {name}; a {kind} needs its whole pipeline folder.")
+    for name, part in found.items():
+        if not part.is_dir():
+            raise InputError(f"{path} lists {name}, but {part} is missing.")
     if index and known.schedulers and "scheduler" not in found:
         raise InputError(f"{path} has no scheduler; known are {', '.join(known.schedulers)}.")
     found.pop("scheduler", None)
@@ -168,6 +179,29 @@ def check_settings(config: dict[str, Any], kind: str, path: Path) -> None:
         if config.get(key, allowed[0]) not in allowed:
             known = " or ".join(map(repr, allowed))
             raise InputError(f"{path} has {key} {config[key]!r}; for a {kind} only {known} is supported.")
+
+
+def check_depth(path: Path, tensors: int) -> None:
+    """Refuse, before anything is built, a config with more layers than its weights have tensors."""
+    config = read_json(path)
+    for key in DEPTHS:
+        layers = config.get(key, 1)
+        for number in layers if isinstance(layers, list) else [layers]:
+            if not isinstance(number, int) or number > tensors:
+                raise InputError(f"{path} has {key} {layers!r}, more than its weights hold.")
+
+
+def classes_of(index: dict[str, Any]) -> dict[str, int]:
+    """The number of each class by each of its names, as the index of a class-conditional pipeline lists them.
+
+    Raises:
+        InputError: the list is not one of numbers and names.
+    """
+    names = index.get("id2label") or {}
+    try:
+        return {word.strip(): int(number) for number, words in names.items() for word in words.split(",")}
+    except (AttributeError, ValueError) as error:
+        raise InputError("model_index.json has an id2label that is not a list of numbers and names.") from error
 
 
 def schedule_of(folder: Path, network: Path, kind: str) -> dict[str, Any]:
@@ -188,6 +222,21 @@ def schedule_of(folder: Path, network: Path, kind: str) -> dict[str, Any]:
     return config | {"num_train_timesteps": steps}
 
 
+def profile_scale(parts: dict[str, Path]) -> int:
+    """How many pixels a side of x_0's grid stands for: 1, or what the autoencoder's blocks halve.
+
+    Raises:
+        InputError: its blocks are no list.
+    """
+    if "vae" not in parts:
+        return 1
+    path = parts["vae"] / "config.json"
+    blocks = read_json(path).get("block_out_channels", [64])
+    if not isinstance(blocks, list) or not 1 <= len(blocks) <= 8:
+        raise InputError(f"{path} has block_out_channels {blocks!r}; a list is needed.")
+    return 2 ** (len(blocks) - 1)
+
+
 def profile_of(config: dict[str, Any], parts: dict[str, Path]) -> Profile:
     """Size and channels of the pictures, from the network's config and, if it works on latents, its autoencoder's."""
     path = parts["network"] / "config.json"
@@ -196,12 +245,10 @@ def profile_of(config: dict[str, Any], parts: dict[str, Path]) -> Profile:
     scale = 1
     if "vae" in parts:
         vae = read_json(parts["vae"] / "config.json")
-        blocks, latent = vae.get("block_out_channels", [64]), vae.get("latent_channels", 4)
-        if not isinstance(blocks, list) or not 1 <= len(blocks) <= 8:
-            raise InputError(f"{parts['vae'] / 'config.json'} has block_out_channels {blocks!r}; a list is needed.")
-        if channels != latent:
+        if channels != vae.get("latent_channels", 4):
+            latent = vae.get("latent_channels", 4)
             raise InputError(f"{path} has in_channels {channels!r}, but its autoencoder's latents have {latent!r}.")
-        scale, channels = 2 ** (len(blocks) - 1), vae.get("in_channels", 3)
+        scale, channels = profile_scale(parts), vae.get("in_channels", 3)
     if not all(isinstance(side, int) and 2 <= side * scale <= 4096 for side in (height, width)):
         raise InputError(f"{path} has sample_size {size!r}; a size in pixels is needed.")
     if channels not in (1, 3):
@@ -211,8 +258,8 @@ def profile_of(config: dict[str, Any], parts: dict[str, Path]) -> Profile:
     return Profile((height * scale, width * scale), channels)
 
 
-def fingerprint(parts: dict[str, Path], schedule: dict[str, Any]) -> str:
-    """SHA-256 over the schedule, and the configuration and weights (or vocabulary) of every part."""
+def fingerprint(parts: dict[str, Path], schedule: dict[str, Any], classes: dict[str, int]) -> str:
+    """SHA-256 over the schedule, the classes, and the configuration and weights (or vocabulary) of every part."""
     total = [read_bytes(parts["network"] / "config.json"), json.dumps(schedule, sort_keys=True).encode()]
     total += [digest_of_file(path) for path in weight_files(parts["network"])]
     for name, part in sorted(parts.items()):
@@ -220,4 +267,6 @@ def fingerprint(parts: dict[str, Path], schedule: dict[str, Any]) -> str:
             words = sorted(path for path in part.iterdir() if path.suffix in (".json", ".txt", ".model"))
             files = words if "tokenizer" in name else [part / "config.json", *weight_files(part)]
             total += [name.encode(), *(digest_of_file(path) for path in files)]
+    if classes:
+        total.append(json.dumps(classes, sort_keys=True).encode())
     return digest_of(total)

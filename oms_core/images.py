@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
@@ -106,6 +107,24 @@ def open_images(name: str) -> ImageSet:
     if path.suffix.lower() == ".parquet":
         return from_rows(name, rows.parquet([path]))
     raise InputError(f"{name} is a file; name a folder that holds member/ and nonmember/, a .zip, or a .parquet.")
+
+
+def inspection(images: ImageSet) -> dict[str, Any]:
+    """What a set holds: counts, roles, sizes with their number, and the rejected files by reason."""
+    sizes = Counter()
+    for row in images.table.index:
+        picture, _ = decode(images.read(row))
+        sizes[f"{picture.height} x {picture.width} {'grey' if picture.mode == 'L' else 'colour'}"] += 1
+    roles = images.table.role.replace("", "unknown").value_counts()
+    return {
+        "name": images.name,
+        "pictures": len(images),
+        "captioned": int(images.table.caption.ne("").sum()),
+        "labels": int(images.table.label[images.table.label.ne("")].nunique()),
+        "roles": {role: int(count) for role, count in roles.items()},
+        "sizes": dict(sizes.most_common()),
+        "rejected": {reason: [*files] for reason, files in images.rejected.groupby("reason").file},
+    }
 
 
 @lru_cache

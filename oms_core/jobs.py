@@ -39,6 +39,7 @@ class Job:
     Attributes:
         state: queued, running, done, cancelled or failed.
         done, total: pictures.
+        stage: what is done to them, see `Progress`.
         signals: distances by attack, growing while batches come in.
         error: one sentence, if it failed.
     """
@@ -46,7 +47,7 @@ class Job:
     def __init__(self, key: str, work: Callable[[Tick], Any], viewer: str = "") -> None:
         self.key, self.work = key, work
         self.state, self.error = "queued", ""
-        self.done, self.total = 0, 0
+        self.done, self.total, self.stage = 0, 0, ""
         self.signals: dict[str, list[pd.DataFrame]] = {}
         self.started = self.ended = time.monotonic()
         self.cancelled = False
@@ -191,7 +192,7 @@ class Service:
         job.state, job.started = "running", time.monotonic()
 
         def tick(progress: Progress) -> None:
-            job.done, job.total = progress.done, progress.total
+            job.done, job.total, job.stage = progress.done, progress.total, progress.stage
             for attack, rows in progress.signals.items():
                 job.signals.setdefault(attack, []).append(rows)
             self._answer()

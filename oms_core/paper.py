@@ -1,7 +1,7 @@
 """What the paper reports, as it prints it (per cent), never mixed with what is measured here.
 
-Table 1 (ASR and AUC) and Table 2 (TPR at 1 % and 0.1 % FPR) on DDPMs, by attack, n (1 as published, 2 with One
-More Step) and data set.
+By attack, n (1 as published, 2 with One More Step) and data set or model: Table 1 (ASR and AUC) and Table 2 (TPR
+at 1 % and 0.1 % FPR) on DDPMs, Table 3 on text-to-image models, Table 4 on U-ViT.
 """
 
 DATASETS = ("Cifar10", "Cifar100", "LFW", "LSUN-Cat")
@@ -25,16 +25,57 @@ TABLE_2 = {  # (attack, n): (TPR at 1 % FPR, TPR at 0.1 % FPR) for each data set
 }
 
 
-def ddpm(attack: str, n: int) -> dict[str, dict[str, float]] | None:
-    """The paper's figures for an attack on DDPMs by data set, as fractions; None where it has none."""
+TEXT_TO_IMAGE = ("SD1.5", "SD2.1")
+
+TABLE_3 = {  # (attack, n): (ASR, AUC, TPR at 1 % FPR, TPR at 0.1 % FPR) for each model
+    ("NA", 1): ((71.04, 76.67, 19.64, 4.62), (69.58, 74.99, 18.76, 4.42)),
+    ("NA", 2): ((73.34, 79.00, 24.40, 8.89), (71.45, 77.40, 23.14, 8.47)),
+    ("SecMI", 1): ((57.20, 57.60, 6.29, 2.04), (57.24, 56.61, 3.98, 0.78)),
+    ("SecMI", 2): ((60.62, 61.38, 13.21, 5.47), (61.84, 62.29, 10.97, 3.24)),
+    ("PIA", 1): ((63.17, 67.59, 12.71, 3.76), (71.15, 78.38, 18.56, 3.36)),
+    ("PIA", 2): ((72.08, 78.89, 25.33, 4.26), (77.59, 85.45, 30.47, 9.61)),
+}
+
+TABLE_4 = {  # (attack, n): (ASR, AUC, TPR at 1 % FPR) of U-ViT on Cifar10
+    ("NA", 1): (61.47, 63.66, 2.62),
+    ("NA", 2): (68.51, 74.31, 8.65),
+    ("SecMI", 1): (68.21, 74.44, 12.88),
+    ("SecMI", 2): (74.95, 82.31, 24.35),
+    ("PIA", 1): (54.60, 52.91, 1.80),
+    ("PIAN", 1): (59.36, 61.13, 3.42),
+    ("PIAN", 2): (69.11, 75.42, 9.86),
+}
+
+Reported = dict[str, dict[str, float]] | None  # by data set or model, as fractions; None where the paper has nothing
+
+
+def fractions(**per_cent: float) -> dict[str, float]:
+    return {name: round(value / 100, 4) for name, value in per_cent.items()}
+
+
+def ddpm(attack: str, n: int) -> Reported:
+    """Tables 1 and 2, by data set."""
     if (attack, n) not in TABLE_1:
         return None
     return {
-        dataset: {
-            "asr": round(asr / 100, 4),
-            "auc": round(auc / 100, 4),
-            "tpr1": round(tpr1 / 100, 4),
-            "tpr01": round(tpr01 / 100, 4),
-        }
+        dataset: fractions(asr=asr, auc=auc, tpr1=tpr1, tpr01=tpr01)
         for dataset, (asr, auc), (tpr1, tpr01) in zip(DATASETS, TABLE_1[attack, n], TABLE_2[attack, n], strict=True)
     }
+
+
+def text_to_image(attack: str, n: int) -> Reported:
+    """Table 3, by model."""
+    if (attack, n) not in TABLE_3:
+        return None
+    return {
+        model: fractions(asr=asr, auc=auc, tpr1=tpr1, tpr01=tpr01)
+        for model, (asr, auc, tpr1, tpr01) in zip(TEXT_TO_IMAGE, TABLE_3[attack, n], strict=True)
+    }
+
+
+def uvit(attack: str, n: int) -> Reported:
+    """Table 4."""
+    if (attack, n) not in TABLE_4:
+        return None
+    asr, auc, tpr1 = TABLE_4[attack, n]
+    return {"U-ViT Cifar10": fractions(asr=asr, auc=auc, tpr1=tpr1)}

@@ -24,6 +24,7 @@ FORMULA = 1  # raised when a change of the code changes a number
 NORMS = (2, 4)
 MAX_STEPS = 20
 MAX_BATCH = 4096
+SEEN = ("seen_x_t", "seen_x_0")  # columns of a trace of latents
 
 
 def setting(default: Any, help: str, low: int | None = None, high: int | None = None) -> Any:
@@ -87,7 +88,10 @@ def plan(run: Run) -> Plan:
         raise InputError(f"{run.model} brings no pictures of its own; name an image set with --images.")
     images = open_images(name).with_role("member", "nonmember").limit(run.limit).mixed()
     if not len(images):
-        raise InputError(f"{name} has neither members nor non-members, so there is nothing to compare.")
+        raise InputError(
+            f"{name} says of no picture whether it is a member, so there is nothing to compare; sort them into member/ "
+            "and nonmember/, add metadata.csv, or name SPLIT.npz@SET or member=SET,nonmember=SET."
+        )
     if model.captioned:
         images = with_captions(images, run)
     return Plan(run, model, images, tuple(task(attack, run, model, images) for attack in attacks_of(run)))
@@ -243,6 +247,15 @@ def residuals(planned: Plan, rows: pd.DataFrame) -> pd.DataFrame:
     return tidy.assign(member=member.loc[tidy.image].to_numpy())
 
 
+def errors(planned: Plan, rows: pd.DataFrame) -> pd.DataFrame:
+    """The distance from the last iterate, ||eps^n - eps^N||_2 for n = 0 ... N - 1: image, member, n, error (Fig. B.2)."""
+    last = planned.run.steps
+    wide = rows[["image"]].assign(**{str(n): rows[column(n, last, 2)] for n in range(last)})
+    tidy = wide.melt("image", var_name="n", value_name="error").astype({"n": int})
+    member = planned.images.table.set_index("image").role.eq("member")
+    return tidy.assign(member=member.loc[tidy.image].to_numpy())
+
+
 @dataclass(frozen=True)
 class Trace:
     """The search for the noise of one picture, step by step.
@@ -251,12 +264,20 @@ class Trace:
         x_0: the picture as the model takes it, (C, H, W).
         eps: the iterates eps^0 ... eps^N, (N + 1, C, H, W) float32.
         alpha, sigma: coefficients of the timestep at which the map asks the model.
+        pictures: for a model of latents, x_t and the predicted x_0 of each n as pictures, (2, N + 1, H, W, C) uint8.
     """
 
     x_0: np.ndarray
     eps: np.ndarray
     alpha: float
     sigma: float
+    pictures: np.ndarray | None = None
+
+    def shown(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """x_t and the predicted x_0 after n steps as pictures, each (H, W, C) uint8."""
+        if self.pictures is not None:
+            return self.pictures[0, n], self.pictures[1, n]
+        return pixels_of(self.x_t(n)), pixels_of(self.predicted_x_0(n))
 
     def x_t(self, n: int) -> np.ndarray:
         """The noisy picture in which the model looks for noise after n steps (Eq. 2), (C, H, W)."""
@@ -275,7 +296,11 @@ class Trace:
         values = [eps.astype("<f4").tobytes() for eps in self.eps]
         once = {"x_0": self.x_0.astype("<f4").tobytes(), "alpha": self.alpha, "sigma": self.sigma}
         shape = dict(zip(("channels", "height", "width"), self.x_0.shape, strict=True))
-        return pd.DataFrame({"n": range(len(values)), "eps": values}).assign(**once, **shape)
+        rows = pd.DataFrame({"n": range(len(values)), "eps": values}).assign(**once, **shape)
+        if self.pictures is None:
+            return rows
+        seen = {name: [p.tobytes() for p in group] for name, group in zip(SEEN, self.pictures, strict=True)}
+        return rows.assign(**seen, shown_height=self.pictures.shape[2], shown_width=self.pictures.shape[3])
 
     @classmethod
     def from_rows(cls, rows: pd.DataFrame, steps: int) -> Trace:
@@ -283,7 +308,18 @@ class Trace:
         first = rows.iloc[0]
         shape = (int(first.channels), int(first.height), int(first.width))
         eps = np.stack([np.frombuffer(values, "<f4").reshape(shape) for values in rows.eps[: steps + 1]])
-        return cls(np.frombuffer(first.x_0, "<f4").reshape(shape), eps, float(first.alpha), float(first.sigma))
+        pictures = None
+        if SEEN[0] in rows:
+            size = (int(first.shown_height), int(first.shown_width), -1)
+            groups = [[np.frombuffer(data, np.uint8).reshape(size) for data in rows[name]] for name in SEEN]
+            pictures = np.array(groups)[:, : steps + 1]
+        x_0 = np.frombuffer(first.x_0, "<f4").reshape(shape)
+        return cls(x_0, eps, float(first.alpha), float(first.sigma), pictures)
+
+
+def pixels_of(x: np.ndarray) -> np.ndarray:
+    """A picture of (C, H, W) in [-1, 1] as (H, W, C) uint8."""
+    return np.rint(np.clip(x.transpose(1, 2, 0) + 1, 0, 2) * 127.5).astype(np.uint8)
 
 
 def trace_content(planned: Plan, image: str) -> dict[str, Any]:

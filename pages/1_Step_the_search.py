@@ -10,7 +10,6 @@ from oms_core import figures
 from oms_core.attacks import ATTACKS
 from oms_core.compute import compute_trace
 from oms_core.errors import InputError
-from oms_core.exhibits import dimension
 from oms_core.run import Plan, Trace, lookup_trace, residuals
 from oms_core.search import fixed_point
 from pages.common.context import Context, control, update
@@ -18,7 +17,6 @@ from pages.common.pictures import READY, enlarge, ordinary, thumbnail
 from pages.common.shell import ask, begin, guarded, show, signals
 
 STEPS = 10
-SUPERSCRIPT = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 BLUE, ORANGE = np.array([0, 114, 178]), np.array([213, 94, 0])
 
 
@@ -107,19 +105,15 @@ def heat(eps: np.ndarray) -> np.ndarray:
     return (255 - np.abs(strength) * (255 - ink)).astype(np.uint8)
 
 
-def grey(x: np.ndarray) -> np.ndarray:
-    """A picture of (C, H, W) in [-1, 1] as (H, W, C) uint8."""
-    return np.rint(np.clip(x.transpose(1, 2, 0) + 1, 0, 2) * 127.5).astype(np.uint8)
-
-
 def strip(trace: Trace, n: int, name: str, picture: np.ndarray) -> None:
     """What the model sees and says at step n."""
     st.markdown(f"**{name}**")
+    x_t, x_0 = trace.shown(n)
     shown = [
         (picture, "picture x₀"),
-        (grey(trace.x_t(n)), "x₀ + noise"),
-        (heat(trace.eps[n].transpose(1, 2, 0)), f"noise ε{str(n).translate(SUPERSCRIPT)}"),
-        (grey(trace.predicted_x_0(n)), "model's x₀"),
+        (x_t, "x₀ + noise"),
+        (heat(trace.eps[n].transpose(1, 2, 0)), f"noise ε{str(n).translate(figures.SUPERSCRIPT)}"),
+        (x_0, "model's x₀"),
     ]
     for column, (pixels, caption) in zip(st.columns(4), shown, strict=True):
         side = enlarge(pixels.squeeze(2) if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels, 160)
@@ -160,7 +154,7 @@ def main() -> None:
         own = [(name, member, trace.residuals()) for (name, member), trace in zip(names, traces, strict=True)]
         left, right = st.columns(2, gap="large")
         with left:
-            show(figures.path(cohort, own, context.step, dimension(planned)), "path")
+            show(figures.path(cohort, own, context.step, planned.model.dimension), "path")
         with right:
             for (name, _), trace, row in zip(names, traces, pictures.itertuples(), strict=True):
                 strip(trace, context.step, name, thumbnail(planned.images.name, row.Index, row.image))

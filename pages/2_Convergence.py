@@ -6,7 +6,6 @@ import streamlit as st
 
 from oms_core import figures, metrics
 from oms_core.attacks import ATTACKS
-from oms_core.exhibits import dimension
 from oms_core.run import Plan, residuals
 from pages.common.context import Context, control, including, update
 from pages.common.pictures import thumbnail
@@ -136,7 +135,7 @@ def main() -> None:
         verdict(rows, context, complete)
         left, right = st.columns(2, gap="large")
         with left:
-            show(figures.residual_boxes(rows, dimension(planned)), "boxes")
+            show(figures.residual_boxes(rows, planned.model.dimension), "boxes")
         with right:
             scatter(rows, planned)
             picked(rows, planned)

@@ -20,7 +20,6 @@ from oms_core.attacks import ATTACKS, COMPARED, Probe
 from oms_core.attacks.pia import normalised
 from oms_core.cache import part, variants
 from oms_core.catalog import IDEAL_WIDTH, describe
-from oms_core.folders import DIFFUSED
 from oms_core.compute import score
 from oms_core.decode import Profile
 from oms_core.denoiser import PREDICTION_TYPES, to_eps
@@ -28,6 +27,7 @@ from oms_core.device import Placement
 from oms_core.errors import InputError
 from oms_core.families import load
 from oms_core.families.ddpm import alpha_bar
+from oms_core.folders import DIFFUSED
 from oms_core.images import open_images
 from oms_core.run import Run, columns, lookup, plan, scores
 from oms_core.search import Trajectory, diffuse, fixed_point, predicted_x_0

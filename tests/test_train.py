@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from oms_core.train import DIGITS_TIMESTEPS, RECIPES, Recipe, Training, samples
 from PIL import Image
 
 from oms_core import cache, catalog, train
@@ -24,7 +25,6 @@ from oms_core.device import Placement
 from oms_core.errors import InputError
 from oms_core.families import load
 from oms_core.images import ASSETS, open_images
-from oms_core.train import DIGITS_TIMESTEPS, RECIPES, Recipe, Training, samples
 
 NAME = "ddpm-tiny"
 TINY = Recipe("digits", 8, (8, 16), 12, (4, 12), 4, DIGITS_TIMESTEPS, batch=256, warm_up=2)

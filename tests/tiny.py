@@ -78,7 +78,8 @@ def t5(width: int = 8) -> tuple[T5Tokenizer, T5EncoderModel]:
 def save_uvit(folder: Path, **config: Any) -> Path:
     """A U-ViT of grey 8 x 8 pictures."""
     torch.manual_seed(0)
-    UVit(**({"sample_size": 8, "in_channels": 1, "width": 16, "depth": 2, "heads": 2} | config)).save_pretrained(folder)
+    network = UVit(**({"sample_size": 8, "in_channels": 1, "width": 16, "depth": 2, "heads": 2} | config))
+    seeded(network).save_pretrained(folder)
     return folder
 
 
@@ -134,7 +135,7 @@ def save_pixart(folder: Path, **config: Any) -> Path:
     tokenizer, text = t5()
     shape = {"num_attention_heads": 2, "attention_head_dim": 4, "cross_attention_dim": 8, "caption_channels": 8}
     transformer = PixArtTransformer2DModel(
-        in_channels=4, out_channels=8, num_layers=1, norm_num_groups=4, sample_size=4, **shape, **config
+        in_channels=4, out_channels=8, num_layers=1, norm_num_groups=4, sample_size=4, **(shape | config)
     )
     PixArtAlphaPipeline(tokenizer, text, vae(), seeded(transformer), DDIMScheduler()).save_pretrained(folder)
     return folder

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 import diffusers
 import torch
 import transformers
+from diffusers import AutoencoderKL
 
 from oms_core.errors import InputError
 from oms_core.files import variant_of, weight_sizes
 
 if TYPE_CHECKING:
     import numpy as np
-    from diffusers import AutoencoderKL, ModelMixin
+    from diffusers import ModelMixin
     from torch import Tensor
     from transformers import PreTrainedModel
 
@@ -36,6 +37,11 @@ class PixelSpace:
         """Pixels of (B, H, W, C) uint8 as x_0 in [-1, 1], (B, C, H, W)."""
         x_0 = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2)
         return x_0.to(self.dtype) / 127.5 - 1
+
+    def decode(self, x_0: Tensor) -> np.ndarray:
+        """x_0 in [-1, 1] as pixels of (B, H, W, C) uint8."""
+        pixels = ((x_0.float().clamp(-1, 1) + 1) * 127.5).round()
+        return pixels.byte().permute(0, 2, 3, 1).cpu().numpy()
 
     def condition(self, captions: Sequence[str]) -> Any:
         """Nothing: the model is unconditional."""
@@ -73,6 +79,24 @@ class Diffused(PixelSpace):
         return self.alpha_bar[t] ** 0.5, (1 - self.alpha_bar[t]) ** 0.5
 
 
+class LatentSpace(PixelSpace):
+    """A model of an autoencoder's latents."""
+
+    def __init__(self, model: Model, placement: Placement) -> None:
+        super().__init__(model, placement)
+        self.vae = load_network(AutoencoderKL, model.parts["vae"], model.name, self.dtype).to(self.device)
+        self.shift, self.scale = self.vae.config.shift_factor or 0, self.vae.config.scaling_factor
+
+    def encode(self, pixels: np.ndarray) -> Tensor:
+        """Pixels of (B, H, W, C) uint8 as scaled latents: the mode of the posterior, never a sample, (B, c, h, w)."""
+        mode = self.vae.encode(super().encode(pixels)).latent_dist.mode()
+        return (mode - self.shift) * self.scale
+
+    def decode(self, x_0: Tensor) -> np.ndarray:
+        """Scaled latents as pixels of (B, H, W, C) uint8."""
+        return super().decode(self.vae.decode(x_0 / self.scale + self.shift).sample)
+
+
 def scheduler_of(schedule: dict[str, Any]) -> Any:
     """The scheduler of diffusers that a config describes.
 
@@ -92,12 +116,6 @@ def alpha_bar(schedule: dict[str, Any]) -> Tensor:
     if len(abar) != schedule["num_train_timesteps"] or not ((abar >= 0) & (abar < 1)).all():
         raise InputError("The scheduler's config gives no noise levels between 0 and 1 for its num_train_timesteps.")
     return abar
-
-
-def latents(vae: AutoencoderKL, x_0: Tensor) -> Tensor:
-    """The scaled latent of each picture: the mode of its posterior, never a sample, (B, c, h, w)."""
-    mode = vae.encode(x_0).latent_dist.mode()
-    return (mode - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
 
 
 def reason(error: Exception) -> str:
@@ -142,6 +160,18 @@ def load_text_encoder(kind: type[PreTrainedModel], folder: Path, name: str, dtyp
     except Exception as error:
         raise InputError(f"The {folder.name} of {name} does not fit its config.json: {reason(error)}") from error
     return verified(network, info, name)
+
+
+def load_tokenizer(kind: type, folder: Path, name: str) -> Any:
+    """What comes before a network of transformers: a tokenizer, or an image processor.
+
+    Raises:
+        InputError: its files are missing or damaged.
+    """
+    try:
+        return kind.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise InputError(f"The {folder.name} of {name} cannot be read: {reason(error)}") from error
 
 
 def verified(network: Any, info: dict[str, Any], name: str) -> Any:

@@ -9,35 +9,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from oms_core.denoiser import to_eps
-from oms_core.families.base import Diffused, latents, load_network, load_text_encoder
+from oms_core.families.base import Diffused, LatentSpace, load_network, load_text_encoder, load_tokenizer
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
     from oms_core.catalog import Model
     from oms_core.device import Placement
 
 
-class StableDiffusion(Diffused):
+class StableDiffusion(LatentSpace, Diffused):
     """A `StableDiffusionPipeline`'s autoencoder, text encoder and UNet as a `Denoiser`."""
 
     def __init__(self, model: Model, placement: Placement) -> None:
         super().__init__(model, placement)
         parts, name = model.parts, model.name
-        self.vae = load_network(AutoencoderKL, parts["vae"], name, self.dtype).to(self.device)
         self.unet = load_network(UNet2DConditionModel, parts["network"], name, self.dtype).to(self.device)
         self.text = load_text_encoder(CLIPTextModel, parts["text_encoder"], name, self.dtype).to(self.device)
-        self.tokenizer = CLIPTokenizer.from_pretrained(parts["tokenizer"], local_files_only=True)
+        self.tokenizer = load_tokenizer(CLIPTokenizer, parts["tokenizer"], name)
         self.check(name)
-
-    def encode(self, pixels: np.ndarray) -> Tensor:
-        """Pixels of (B, H, W, C) uint8 as scaled latents, (B, c, h, w)."""
-        return latents(self.vae, super().encode(pixels))
 
     def condition(self, captions: Sequence[str]) -> Tensor:
         """What the text encoder makes of each caption, (B, tokens, width)."""

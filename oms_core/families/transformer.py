@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import (
-    AutoencoderKL,
     DiTTransformer2DModel,
     PixArtAlphaPipeline,
     PixArtTransformer2DModel,
@@ -23,16 +22,16 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderMo
 from oms_core.denoiser import to_eps
 from oms_core.families.base import (
     Diffused,
-    PixelSpace,
-    latents,
+    LatentSpace,
     load_network,
     load_text_encoder,
+    load_tokenizer,
     scheduler_of,
 )
 from oms_core.files import read_json
+from oms_core.folders import classes_of
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
     from oms_core.catalog import Model
@@ -47,32 +46,25 @@ TEXT_ENCODERS = {
 TOKENIZERS = {"tokenizer": CLIPTokenizer, "tokenizer_2": CLIPTokenizer, "tokenizer_3": T5Tokenizer}
 
 
-class Latent(PixelSpace):
+class Transformer(LatentSpace):
     """A transformer on an autoencoder's latents."""
 
     def __init__(self, model: Model, placement: Placement) -> None:
         super().__init__(model, placement)
-        self.vae = load_network(AutoencoderKL, model.parts["vae"], model.name, self.dtype).to(self.device)
         network = load_network(NETWORKS[model.kind], model.parts["network"], model.name, self.dtype)
         self.network = network.to(self.device)
-
-    def encode(self, pixels: np.ndarray) -> Tensor:
-        """Pixels of (B, H, W, C) uint8 as scaled latents, (B, c, h, w)."""
-        return latents(self.vae, super().encode(pixels))
 
     def clock(self, time: float, count: int) -> Tensor:
         """The network's time for each picture, (B,)."""
         return torch.full((count,), time, device=self.device)
 
 
-class Dit(Latent, Diffused):
+class Dit(Transformer, Diffused):
     """A class-conditional DiT; a caption that names no class asks for the unconditional answer."""
 
     def __init__(self, model: Model, placement: Placement) -> None:
         super().__init__(model, placement)
-        index = read_json(model.parts["network"].parent / "model_index.json")
-        names = index.get("id2label") or {}
-        self.classes = {word.strip(): int(key) for key, words in names.items() for word in str(words).split(",")}
+        self.classes = classes_of(read_json(model.parts["network"].parent / "model_index.json"))
         self.check(model.name)
 
     def condition(self, captions: Sequence[str]) -> Tensor:
@@ -88,13 +80,13 @@ class Dit(Latent, Diffused):
         return to_eps(output, x_t, *self.coefficients(t), self.predicts)
 
 
-class PixArt(Latent, Diffused):
+class PixArt(Transformer, Diffused):
     """A text-conditional PixArt."""
 
     def __init__(self, model: Model, placement: Placement) -> None:
         super().__init__(model, placement)
         self.text = load_text_encoder(T5EncoderModel, model.parts["text_encoder"], model.name, self.dtype)
-        tokenizer = T5Tokenizer.from_pretrained(model.parts["tokenizer"], local_files_only=True)
+        tokenizer = load_tokenizer(T5Tokenizer, model.parts["tokenizer"], model.name)
         scheduler = scheduler_of(model.schedule)
         self.pipeline = PixArtAlphaPipeline(tokenizer, self.text.to(self.device), self.vae, self.network, scheduler)
         self.check(model.name)
@@ -118,7 +110,7 @@ class PixArt(Latent, Diffused):
 
     def size_of_picture(self, count: int) -> dict[str, Any]:
         """What the networks for large pictures also want to know."""
-        if not self.network.config.use_additional_conditions:
+        if not self.network.use_additional_conditions:
             return {"resolution": None, "aspect_ratio": None}
         height, width = self.profile.size
         told = {"resolution": [height, width], "aspect_ratio": [height / width]}
@@ -128,7 +120,7 @@ class PixArt(Latent, Diffused):
         }
 
 
-class StableDiffusion3(Latent):
+class StableDiffusion3(Transformer):
     """A text-conditional transformer trained by flow matching."""
 
     def __init__(self, model: Model, placement: Placement) -> None:
@@ -142,7 +134,7 @@ class StableDiffusion3(Latent):
                 parts[name] = encoder.to(self.device)
         for name, kind in TOKENIZERS.items():
             if name in model.parts:
-                parts[name] = kind.from_pretrained(model.parts[name], local_files_only=True)
+                parts[name] = load_tokenizer(kind, model.parts[name], model.name)
         self.pipeline = StableDiffusion3Pipeline(transformer=self.network, scheduler=scheduler, vae=self.vae, **parts)
         self.check(model.name)
 
@@ -167,6 +159,6 @@ class StableDiffusion3(Latent):
 CLASSES = {"DiTTransformer2DModel": Dit, "PixArtTransformer2DModel": PixArt, "SD3Transformer2DModel": StableDiffusion3}
 
 
-def load(model: Model, placement: Placement) -> Latent:
+def load(model: Model, placement: Placement) -> Transformer:
     """The denoiser of a model's kind."""
     return CLASSES[model.kind](model, placement)

@@ -188,13 +188,14 @@ class Training:
     def write_card(self, folder: Path) -> None:
         """``samples.png`` and ``card.json``: data, recipe, loss curve, versions and the digest of each file."""
         module = self.averaged().half().float()  # as it is shipped
+        group = "members" if self.recipe.role == "member" else self.recipe.role
         Image.fromarray(self.subject.samples(module)).save(folder / "samples.png")
         card = {
             "name": self.name,
             "family": self.recipe.family,
             "images": self.recipe.images,
-            f"{self.recipe.role}s": len(self.images),
-            f"{self.recipe.role}s_digest": self.images.digest,
+            group: len(self.images),
+            f"{group}_digest": self.images.digest,
             "parameters": sum(parameter.numel() for parameter in self.parameters),
             "recipe": asdict(self.recipe),
             "loss": [round(loss, 5) for loss in self.losses],

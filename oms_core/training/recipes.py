@@ -43,32 +43,28 @@ class Recipe:
 
 
 DIGITS_TIMESTEPS = {"NA": 100, "PIA": 200, "PIAN": 100, "SecMI": 100, "SecMI-xt": 100}
+UVIT_DIGITS_TIMESTEPS = DIGITS_TIMESTEPS | {"PIA": 100}
+UVIT_FASHION_TIMESTEPS = {"NA": 200, "PIA": 200, "PIAN": 200, "SecMI": 100, "SecMI-xt": 100}
+LATENT_TIMESTEPS = {"NA": 350, "PIA": 350, "PIAN": 350, "SecMI": 200, "SecMI-xt": 200}
 RECIPES = {
     "ddpm-digits": Recipe(
-        "ddpm", "digits", 8, {"blocks": (32, 64)}, 1200, (100, 250, 450, 700, 1200), 450, DIGITS_TIMESTEPS
+        "ddpm", "digits", 8, {"blocks": (32, 64)}, 1200, (100, 450, 700, 1200), 450, DIGITS_TIMESTEPS
     ),
-    "ddpm-fashion": Recipe(
-        "ddpm", "fashion", 28, {"blocks": (16, 48, 96)}, 500, (100, 200, 300, 400, 500), 400, {}, 32
-    ),
+    "ddpm-fashion": Recipe("ddpm", "fashion", 28, {"blocks": (16, 48, 96)}, 500, (200, 400, 500), 400, {}, 32),
     "uvit-digits": Recipe(
-        "uvit", "digits", 8, {"patch_size": 2, "width": 128, "depth": 4, "heads": 4}, 1200, (600, 1200), 1200, {}
+        "uvit", "digits", 8, {"patch_size": 2, "width": 128, "depth": 4, "heads": 4}, 1200, (1200,), 1200,
+        UVIT_DIGITS_TIMESTEPS,
     ),
     "uvit-fashion": Recipe(
-        "uvit", "fashion", 28, {"patch_size": 4, "width": 128, "depth": 4, "heads": 4}, 600, (600,), 600, {}, 16
+        "uvit", "fashion", 28, {"patch_size": 4, "width": 128, "depth": 4, "heads": 4}, 600, (600,), 600,
+        UVIT_FASHION_TIMESTEPS, 16,
     ),
     "vae-fashion": Recipe("autoencoder", "fashion", 28, {"blocks": (8, 24, 48)}, 30, (30,), 30, {}, role="auxiliary"),
     "sd-fashion": Recipe(
-        "stable_diffusion",
-        "fashion",
-        28,
-        {"blocks": (32, 64), "width": 32, "layers": 1},
-        600,
-        (300, 600),
-        600,
-        {},
-        part="vae-fashion",
+        "stable_diffusion", "fashion", 28, {"blocks": (32, 64), "width": 32, "layers": 1}, 600, (300,), 300,
+        LATENT_TIMESTEPS, part="vae-fashion",
     ),
     "blip-fashion": Recipe(
         "captioner", "fashion", 28, {"patch_size": 7, "width": 64, "layers": 2}, 30, (30,), 30, {}, role="auxiliary"
     ),
-}
+}  # fmt: skip

@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, PNDMScheduler, StableDiffusi
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from oms_core.files import read_json
 from oms_core.images import ImageSet, open_images
 from oms_core.training.autoencoder import modes
 from oms_core.training.pictures import COLUMNS, ROWS, drawn, sheet, tensor_of
@@ -66,12 +67,9 @@ class Subject:
     """UNet and text encoder; the autoencoder is a part that was trained before."""
 
     def __init__(self, recipe: Recipe, images: ImageSet, part: Path) -> None:
-        self.recipe = recipe
-        self.vae = (
-            AutoencoderKL.from_pretrained(part, torch_dtype=torch.float32, low_cpu_mem_usage=False)
-            .eval()
-            .requires_grad_(False)
-        )
+        self.recipe, self.part_card = recipe, read_json(part.parent / "card.json")
+        vae = AutoencoderKL.from_pretrained(part, torch_dtype=torch.float32, low_cpu_mem_usage=False)
+        self.vae = vae.eval().requires_grad_(False)
         self.latents = modes(self.vae, tensor_of(images, recipe.size)).clone() * self.vae.config.scaling_factor
         captions = [*images.table.caption]
         self.tokenizer = vocabulary(sorted({*open_images(recipe.images).table.caption}))
@@ -127,5 +125,6 @@ class Subject:
             return sheet(self.vae.decode(latents / self.vae.config.scaling_factor).sample)
 
     def facts(self, module: nn.ModuleDict) -> dict[str, Any]:
-        """How many different captions it was trained with."""
-        return {"captions": len({*self.captions}), "latent": [*self.latents.shape[1:]]}
+        """How many different captions it was trained with, and how its autoencoder was made."""
+        vae = {key: self.part_card[key] for key in ("parameters", "auxiliary", "minutes", "held_out_mse", "recipe")}
+        return {"captions": len({*self.captions}), "latent": [*self.latents.shape[1:]], "autoencoder": vae}

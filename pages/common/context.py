@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import streamlit as st
@@ -11,8 +13,10 @@ import streamlit as st
 from oms_core import catalog
 from oms_core.attacks import ATTACKS
 from oms_core.errors import InputError
+from oms_core.images import BUILT_IN
 from oms_core.run import Run, plan
 
+CAPTIONS = ("given", "blip", "none")
 STATE, WRITTEN, PROBLEMS = "context", "context written", "context problems"
 MAX_SHOWN_STEPS = 10
 RATES = (0.001, 0.01, 0.05, 0.1)
@@ -23,6 +27,8 @@ class Context:
     """The choices that every page shares. A copied address restores all of them."""
 
     model: str = "ddpm-digits"
+    images: str = ""  # "": the set that the model was trained on
+    captions: str = "given"  # for a model that takes them
     attack: str = "NA"
     t: int | None = None  # None: the model card's or the paper's for each attack
     n: int = 1  # 2 with One More Step
@@ -36,7 +42,14 @@ class Context:
     def run(self, attacks: tuple[str, ...] | None = None, steps: int = 3) -> Run:
         """The run that the pages compute or look up."""
         return Run(
-            self.model, attacks=attacks or (self.attack,), t=self.t, steps=steps, seed=self.seed, limit=self.limit
+            self.model,
+            self.images,
+            attacks=attacks or (self.attack,),
+            t=self.t,
+            steps=steps,
+            seed=self.seed,
+            captions=self.captions,
+            limit=self.limit,
         )
 
 
@@ -72,6 +85,10 @@ def checked(name: str, kind: str, text: str) -> Any:
         return float(text)
     if name == "model" and text not in choices():
         raise InputError(f"the models here are {', '.join(models())}.")
+    if name == "images" and text not in image_sets():
+        raise InputError(f"the image sets here are {', '.join(image_sets())}.")
+    if name == "captions" and text not in CAPTIONS and not (text.startswith("text:") and len(text) <= 300):
+        raise InputError(f"captions are {', '.join(CAPTIONS)}, or text: and words.")
     if name == "attack" and text not in ATTACKS:
         raise InputError(f"the attacks are {', '.join(ATTACKS)}.")
     if name in ("first", "second") and not (text.isalnum() and len(text) <= 64):
@@ -80,8 +97,31 @@ def checked(name: str, kind: str, text: str) -> Any:
 
 
 def models() -> list[str]:
-    """The models that a visitor may pick."""
-    return [*catalog.built_in(), *(f"ideal:{images}" for images in ("digits", "fashion"))]
+    """The models that a visitor may pick: built in, closed form, and in the folders that the owner opened."""
+    ideal = [f"ideal:{images}" for images in BUILT_IN]
+    return [*catalog.built_in(), *ideal, *opened("OMS_MODELS", ("model_index.json", "config.json"))]
+
+
+def image_sets() -> list[str]:
+    """The image sets that a visitor may pick: built in, and in the folders that the owner opened."""
+    return [*BUILT_IN, *opened("OMS_IMAGES")]
+
+
+def opened(setting: str, marks: tuple[str, ...] = ()) -> list[str]:
+    """The folders (or, without marks, also files) directly below those that a setting names, which only the owner sets.
+
+    Args:
+        setting: an environment variable with folders, separated as in PATH.
+        marks: a folder counts if it holds one of these.
+    """
+    found = []
+    for root in filter(None, os.environ.get(setting, "").split(os.pathsep)):
+        for path in sorted(Path(root).resolve().glob("*")):
+            marked = any((path / mark).is_file() for mark in marks)
+            usable = path.is_dir() or path.suffix in (".zip", ".parquet")
+            if not path.name.startswith(".") and (marked if marks else usable):
+                found.append(str(path))
+    return found
 
 
 def choices() -> list[str]:
@@ -98,7 +138,7 @@ def current() -> Context:
     context = replace(context, **values)
     problems += unusable(context)
     if problems and unusable(context):
-        context = replace(context, t=None)
+        context = replace(context, t=None, images="", captions="given")
     if values or problems:
         state[PROBLEMS] = problems
     write(context)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 import uuid
@@ -14,9 +15,10 @@ import streamlit as st
 
 from oms_core import catalog
 from oms_core.compute import score
+from oms_core.decode import decode
 from oms_core.errors import InputError
 from oms_core.figures import Chart
-from oms_core.images import ASSETS
+from oms_core.images import ASSETS, BUILT_IN
 from oms_core.jobs import SERVICE, Job
 from oms_core.run import Plan, Run, lookup, plan
 from pages.common import context as chosen
@@ -24,6 +26,12 @@ from pages.common.context import Context, control, current, including
 
 log = logging.getLogger(__name__)
 TIMESTEPS = [None, 20, 50, 100, 150, 200, 250, 300, 350, 400]
+FAMILY_NAMES = {
+    "ddpm": "DDPM",
+    "uvit": "U-ViT in continuous time",
+    "stable_diffusion": "Stable Diffusion on latents with captions",
+    "transformer": "diffusion transformer on latents",
+}
 WARM_UP_AFTER = 2.0  # seconds
 PAGES = (
     ("app.py", "Start", ":material/home:"),
@@ -83,13 +91,83 @@ def pick_model(context: Context) -> None:
         "Model",
         chosen.models(),
         key=key,
-        on_change=lambda: chosen.update(model=st.session_state[key], first="", second="", step=0),
-        help="Small diffusion models that were trained for this app, and the closed-form ideal memoriser.",
+        on_change=lambda: chosen.update(model=st.session_state[key], images="", first="", second="", step=0),
+        format_func=short,
+        help="Small diffusion models that were trained for this app, the closed-form ideal memoriser, and the models "
+        "in folders that the owner of this app opened with OMS_MODELS.",
     )
     model = catalog.describe(context.model)
-    if model.card:
+    if model.card and len(catalog.epochs(base)) > 1:
         pick_epoch(context, base)
     st.caption(about(model))
+    pick_images(context, model)
+    if model.captioned:
+        pick_captions(context)
+    good, sentence = fit(context, model)
+    (st.success if good else st.warning)(sentence, icon=":material/check:" if good else ":material/help:")
+
+
+def short(name: str) -> str:
+    """A model or an image set as the pickers show it: of a folder only the last part."""
+    return os.path.basename(name) if os.path.isabs(name) else name
+
+
+def pick_images(context: Context, model: catalog.Model) -> None:
+    """The image set, where there is more than the model's own to choose from."""
+    key, sets = "picked images", chosen.image_sets()
+    own = model.images or sets[0]
+    if own in sets and len(sets) == len(BUILT_IN) and model.card:
+        return
+    st.session_state[key] = context.images or own
+    st.selectbox(
+        "Image set",
+        sets if own in sets else [own, *sets],
+        key=key,
+        format_func=short,
+        on_change=lambda: chosen.update(images=st.session_state[key], first="", second="", step=0),
+        help="Built in, or in a folder that the owner of this app opened with OMS_IMAGES.",
+    )
+
+
+def pick_captions(context: Context) -> None:
+    """Whose captions the model hears."""
+    kind, key = context.captions.partition(":")[0], "picked captions"
+    st.session_state[key] = kind
+    words = {"given": "given with the pictures", "blip": "written by BLIP", "none": "none", "text": "one of your own"}
+    st.selectbox(
+        "Captions",
+        list(words),
+        key=key,
+        format_func=words.get,
+        on_change=lambda: chosen.update(
+            captions=st.session_state[key] if st.session_state[key] != "text" else "text:a photo"
+        ),
+        help="An auditor seldom knows the captions of the training set; BLIP writes one by looking at the picture.",
+    )
+    if kind == "text":
+        st.session_state["own caption"] = context.captions.partition(":")[2]
+        st.text_input(
+            "Caption of every picture",
+            key="own caption",
+            max_chars=200,
+            on_change=lambda: chosen.update(captions=f"text:{st.session_state['own caption']}"),
+        )
+
+
+def fit(context: Context, model: catalog.Model) -> tuple[bool, str]:
+    """Whether model and pictures belong together, and a sentence that says so."""
+    planned = plan(context.run())
+    images = planned.images
+    if images.name == model.images:
+        return True, f"{len(images)} pictures of {short(images.name)} fit; the split is ours, so we know the members."
+    picture, _ = decode(images.read(images.table.index[0]))
+    says = f"Who is a member is what {short(images.name)} says; this model may never have seen them."
+    height, width = model.profile.size
+    if (picture.height, picture.width) != (height, width):
+        says += f" Pictures are brought from {picture.height} x {picture.width} to {height} x {width}."
+    if (picture.mode == "L") != (model.profile.channels == 1):
+        says += " Grey and colour are converted."
+    return False, says
 
 
 def pick_epoch(context: Context, base: str) -> None:
@@ -113,12 +191,12 @@ def about(model: catalog.Model) -> str:
     """Two sentences on what a model is."""
     if model.family == "ideal":
         return f"The closed-form denoiser that remembers the members of {model.images} perfectly. Nothing was trained."
-    members, minutes = model.card["members"], model.card["minutes"]
     height, width = model.profile.size
-    return (
-        f"A small DDPM ({model.parameters / 1e6:.2f} million parameters, {height} x {width}), trained for "
-        f"{minutes:.0f} minutes on {members} pictures of {model.images}: the members. The split is ours, so we know."
-    )
+    what = f"{FAMILY_NAMES[model.family]} ({model.parameters / 1e6:.2f} million parameters, {height} x {width})"
+    if not model.card:
+        return f"A {what} from a folder that the owner opened. What it was trained on is for its maker to say."
+    members, minutes = model.card["members"], model.card["minutes"]
+    return f"A small {what}, trained for {minutes:.0f} minutes on {members} pictures of {model.images}: the members."
 
 
 def timestep() -> None:
@@ -235,6 +313,8 @@ def progress_sentence(job: Job) -> str:
     """How far, how fast, how long still."""
     if not job.done:
         return "Loading the model ..."
+    if job.stage == "captions":
+        return f"BLIP has captioned {job.done} of {job.total} pictures"
     left = (job.total - job.done) / job.rate
     return f"{job.done} of {job.total} pictures, {job.rate:.0f} per second, {left:.0f} s left"
 
