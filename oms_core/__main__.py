@@ -87,9 +87,7 @@ def parser() -> argparse.ArgumentParser:
     training.add_argument("--to", type=Path, help="folder for the model; by default assets/models")
     training.add_argument("--json", action="store_true", help="print JSON")
 
-    seeing = add(
-        commands, "images", images_command, "say what an image set holds: counts, sizes, roles, rejected files"
-    )
+    seeing = add(commands, "images", images_command, "what an image set holds: counts, sizes, roles, rejects")
     seeing.add_argument("name", metavar="DESCRIBE", help="digits, fashion, a folder, .zip, .parquet, or hub:owner/name")
     seeing.add_argument("--json", action="store_true", help="print JSON")
 

@@ -248,7 +248,7 @@ def residuals(planned: Plan, rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def errors(planned: Plan, rows: pd.DataFrame) -> pd.DataFrame:
-    """The distance from the last iterate, ||eps^n - eps^N||_2 for n = 0 ... N - 1: image, member, n, error (Fig. B.2)."""
+    """The distance from the last iterate, ||eps^n - eps^N||_2 for n < N: image, member, n, error (Fig. B.2)."""
     last = planned.run.steps
     wide = rows[["image"]].assign(**{str(n): rows[column(n, last, 2)] for n in range(last)})
     tidy = wide.melt("image", var_name="n", value_name="error").astype({"n": int})

@@ -6,7 +6,8 @@ import streamlit as st
 
 from oms_core import figures, metrics
 from oms_core.attacks import ATTACKS
-from oms_core.run import Plan, residuals
+from oms_core.exhibits import LAST
+from oms_core.run import Plan, errors, residuals
 from pages.common.context import Context, control, including, update
 from pages.common.pictures import thumbnail
 from pages.common.shell import begin, guarded, show, signals, timestep
@@ -127,11 +128,19 @@ def main() -> None:
     )
     with guarded():
         controls()
-        planned, known, complete = signals(context.run(steps=STEPS), "Comparing all pictures")
+        far = st.toggle(
+            "Distance from ε²⁰",
+            key="far",
+            help="Twenty steps: how near each iterate is to the last (Fig. B.2).",
+        )
+        planned, known, complete = signals(context.run(steps=LAST if far else STEPS), "Comparing all pictures")
         if context.attack not in known:
             st.caption("The boxes appear here, and grow while batches come in.")
             return
         rows = residuals(planned, known[context.attack])
+        if far:
+            chart = figures.residual_and_error(rows, errors(planned, known[context.attack]), planned.model.dimension)
+            show(chart, "far")
         verdict(rows, context, complete)
         left, right = st.columns(2, gap="large")
         with left:

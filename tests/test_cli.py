@@ -131,7 +131,7 @@ BAD = {
     "scores of a strange kind": (["score", "--out", "a.xlsx"], "neither .parquet nor .csv"),
     "nowhere to write": (["figure", "F1a", "--out", "/nonexistent/a.html"], "cannot be written"),
     "no such recipe": (["train", "ddpm-cats"], "no recipe 'ddpm-cats'"),
-    "nothing to train": (["train"], "Name a model to train"),
+    "nothing to train": (["train"], "Name what to train"),
     "no originals": (["assemble", "--source", "/nonexistent"], "dataset-fashion-mnist"),
     "control characters": (["evaluate", "--model", "a\nb\x00"], "no model or folder"),
     "a very long name": (["evaluate", "--model", "x" * 5000], "no model or folder"),

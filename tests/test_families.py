@@ -183,7 +183,7 @@ def test_every_family_scores_in_every_precision(models: dict[str, str], pictures
         rows = signals[name][columns(3)[1:]]
         assert np.isfinite(rows).all(axis=None)
         assert (rows.dtypes == np.float32).all()
-        np.testing.assert_allclose(rows["d(0,1) p=2"], exact[name]["d(0,1) p=2"], rtol=0.1)
+        np.testing.assert_allclose(rows["d(0,1) p=2"], exact[name]["d(0,1) p=2"], rtol=0.3)
 
 
 def test_the_network_is_that_of_diffusers(pipeline: Path) -> None:

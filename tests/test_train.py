@@ -7,33 +7,36 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
-from functools import partial
+from dataclasses import asdict, replace
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from oms_core.train import DIGITS_TIMESTEPS, RECIPES, Recipe, Training, samples
 from PIL import Image
 
-from oms_core import cache, catalog, train
+from oms_core import cache, captions, catalog
 from oms_core.cards import check, digests, write_card
 from oms_core.decode import Profile
 from oms_core.device import Placement
 from oms_core.errors import InputError
 from oms_core.families import load
 from oms_core.images import ASSETS, open_images
+from oms_core.training import ddpm
+from oms_core.training.loop import Training
+from oms_core.training.recipes import DIGITS_TIMESTEPS, RECIPES, Recipe
 
 NAME = "ddpm-tiny"
-TINY = Recipe("digits", 8, (8, 16), 12, (4, 12), 4, DIGITS_TIMESTEPS, batch=256, warm_up=2)
+TINY = Recipe("ddpm", "digits", 8, {"blocks": (8, 16)}, 12, (4, 12), 4, DIGITS_TIMESTEPS, batch=256, warm_up=2)
 
 
 def make_tiny(patch: pytest.MonkeyPatch) -> None:
     """Add the tiny recipe, and draw two samples instead of 64."""
     patch.setitem(RECIPES, NAME, TINY)
-    patch.setattr(train, "samples", partial(samples, rows=1, columns=2))
+    patch.setattr(ddpm, "ROWS", 1)
+    patch.setattr(ddpm, "COLUMNS", 2)
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +57,7 @@ def copied(trained: Path, to: Path, patch: pytest.MonkeyPatch) -> tuple[Path, Pa
     """A copy of a finished training, whose samples are not drawn again: the folders of its checkpoint and models."""
     with Image.open(trained / "samples.png") as sheet:
         drawn = np.array(sheet)
-    patch.setattr(train, "samples", lambda *_: drawn)
+    patch.setattr(ddpm.Subject, "samples", lambda *_: drawn)
     shutil.copytree(trained.parent.parent, to / "copy")
     return to / "copy" / "work", to / "copy" / "models"
 
@@ -67,11 +70,11 @@ def interrupted_after(epochs: int, steps: int, patch: pytest.MonkeyPatch) -> Non
     """Have the user press Ctrl-C so many steps after so many epochs."""
     step = Training.step
 
-    def counted(self: Training, x_0: torch.Tensor) -> float:
+    def counted(self: Training, rows: torch.Tensor) -> float:
         counted.steps += len(self.losses) == epochs
         if counted.steps > steps:
             raise KeyboardInterrupt
-        return step(self, x_0)
+        return step(self, rows)
 
     counted.steps = 0
     patch.setattr(Training, "step", counted)
@@ -136,7 +139,14 @@ def test_a_finished_training_is_not_done_again(trained: Path, tmp_path: Path, mo
 
 @pytest.mark.parametrize(
     "change",
-    [{"learning_rate": 2e-3}, {"epochs": 13}, {"seed": 1}, {"batch": 128}, {"ema_decay": 0.9}, {"blocks": (16, 16)}],
+    [
+        {"learning_rate": 2e-3},
+        {"epochs": 13},
+        {"seed": 1},
+        {"batch": 128},
+        {"ema_decay": 0.9},
+        {"network": {"blocks": (16, 16)}},
+    ],
     ids=lambda change: next(iter(change)),
 )
 def test_the_checkpoint_of_another_recipe_is_refused_in_one_sentence(
@@ -173,6 +183,42 @@ def test_a_snapshot_that_was_never_kept_is_not_promised_by_the_card(
         Training(NAME, work).run(models)
 
 
+SMALL = {
+    "uvit": Recipe("uvit", "digits", 8, {"patch_size": 4, "width": 16, "depth": 2, "heads": 2}, 1, (1,), 1, {}, 600),
+    "autoencoder": Recipe("autoencoder", "digits", 8, {"blocks": (8, 8)}, 1, (1,), 1, {}, 600, role="auxiliary"),
+    "stable_diffusion": Recipe(
+        "stable_diffusion", "digits", 8, {"blocks": (8, 8), "width": 8, "layers": 1}, 1, (1,), 1, {}, 600,
+        part="small-autoencoder",
+    ),
+    "captioner": Recipe(
+        "captioner", "digits", 8, {"patch_size": 4, "width": 8, "layers": 1}, 1, (1,), 1, {}, 600, role="auxiliary"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_every_kind_of_training_is_decided_by_its_seed_and_saves_what_loads(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, recipe in SMALL.items():
+        monkeypatch.setitem(RECIPES, f"small-{name}", recipe)
+    for drawing in {family, "autoencoder"}:
+        subject = import_module(f"oms_core.training.{drawing}").Subject
+        monkeypatch.setattr(subject, "samples", lambda *_: np.zeros((8, 8), np.uint8))
+    runs = [Training(f"small-{family}", tmp_path / f"work{k}").run(tmp_path / f"out{k}") for k in (0, 1)]
+    assert digests(runs[0]) == digests(runs[1])
+    role = SMALL[family].role
+    group = "members" if role == "member" else role
+    assert card_of(runs[0])[f"{group}_digest"] == open_images("digits").with_role(role).digest
+    folder = runs[0] / "epoch-0001"
+    if family in ("uvit", "stable_diffusion"):
+        denoiser = load(catalog.describe(str(folder)), Placement("cpu", "float32"))
+        x_0 = denoiser.encode(np.zeros((2, 8, 8, 1), np.uint8))
+        assert denoiser.eps(x_0, 10, denoiser.condition(["", ""])).shape == x_0.shape
+    if family == "captioner":
+        assert captions.describe(str(folder)).folder == folder
+
+
 # What comes out
 
 
@@ -197,7 +243,7 @@ def test_snapshots_differ_and_hold_the_averaged_weights(trained: Path) -> None:
         load(catalog.describe(str(trained / f"epoch-{epoch:04d}")), Placement("cpu", "float32")).unet.state_dict()
         for epoch in (12, 4)
     )
-    averaged, raw = training.averaged().state_dict(), training.unet.half().state_dict()
+    averaged, raw = training.averaged().half().state_dict(), training.subject.module.half().state_dict()
     assert all(torch.equal(last[name], averaged[name].float()) for name in last)
     for other in (first, raw):
         same = [name for name in last if torch.equal(last[name], other[name].float())]
@@ -206,13 +252,11 @@ def test_snapshots_differ_and_hold_the_averaged_weights(trained: Path) -> None:
 
 def test_the_average_follows_its_recurrence(tmp_path: Path) -> None:
     training = Training(NAME, tmp_path)
-    followed = [p.detach().clone() for p in training.unet.parameters()]
+    followed = [p.detach().clone() for p in training.parameters]
     for k in range(1, 4):
-        training.step(training.x_0[:32])
+        training.step(torch.arange(32))
         decay = min(TINY.ema_decay, 1 - k**-0.75)  # none of the average at the first step
-        followed = [
-            decay * mean + (1 - decay) * p for mean, p in zip(followed, training.unet.parameters(), strict=True)
-        ]
+        followed = [decay * mean + (1 - decay) * p for mean, p in zip(followed, training.parameters, strict=True)]
     for mean, shadow in zip(followed, training.ema.shadow_params, strict=True):
         assert torch.allclose(mean, shadow, atol=1e-6)
 
@@ -250,7 +294,9 @@ def test_the_learning_rate_warms_up_and_falls_to_its_floor(tmp_path: Path, monke
 
 def test_only_members_are_trained_on(trained: Path, tmp_path: Path) -> None:
     images = open_images("digits")
-    shown = {pixels.tobytes() for pixels in ((Training(NAME, tmp_path).x_0[:, 0] + 1) * 127.5).round().byte().numpy()}
+    shown = {
+        pixels.tobytes() for pixels in ((Training(NAME, tmp_path).subject.x_0[:, 0] + 1) * 127.5).round().byte().numpy()
+    }
     by_role = {role: images.with_role(role).pixels(Profile((8, 8), 1))[..., 0] for role in ("member", "nonmember")}
     assert shown == {pixels.tobytes() for pixels in by_role["member"]}
     assert not shown & {pixels.tobytes() for pixels in by_role["nonmember"]}
@@ -267,13 +313,13 @@ def test_the_card_lists_every_file_with_its_digest(trained: Path) -> None:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         assert listed[path.relative_to(trained).as_posix()] == digest
     weights = [name for name in listed if name.endswith(".safetensors")]
-    assert weights == [f"epoch-{epoch:04d}/unet/{catalog.WEIGHTS}" for epoch in TINY.snapshots]
+    assert weights == [f"epoch-{epoch:04d}/unet/diffusion_pytorch_model.safetensors" for epoch in TINY.snapshots]
     assert "samples.png" in listed
 
 
 def test_the_card_says_how_the_model_was_made(trained: Path) -> None:
     card = card_of(trained)
-    assert card["recipe"] == json.loads(json.dumps(train.asdict(TINY)))
+    assert card["recipe"] == json.loads(json.dumps(asdict(TINY)))
     assert card["made_with"]["torch"] == torch.__version__
     assert {"python", "diffusers", "threads"} < {*card["made_with"]}
     assert (card["name"], card["family"], card["images"]) == (NAME, "ddpm", "digits")
@@ -359,12 +405,12 @@ def test_a_shipped_model_was_trained_on_the_members_of_its_set_alone(name: str) 
 @pytest.mark.parametrize("name", catalog.built_in())
 def test_a_shipped_model_can_be_made_again_by_its_recipe(name: str) -> None:
     card = catalog.built_in()[name]
-    assert card["recipe"] == json.loads(json.dumps(train.asdict(RECIPES[name])))
+    assert card["recipe"] == json.loads(json.dumps(asdict(RECIPES[name])))
     assert len(card["loss"]) == RECIPES[name].epochs
     assert RECIPES[name].default in RECIPES[name].snapshots
-    assert card["parameters"] == train.network(RECIPES[name]).num_parameters()
     for epoch in card["recipe"]["snapshots"]:
-        assert catalog.describe(f"{name}@{epoch}").parameters == card["parameters"]
+        frozen = card.get("autoencoder", {}).get("parameters", 0)
+        assert catalog.describe(f"{name}@{epoch}").parameters == card["parameters"] + frozen
 
 
 def test_what_is_shipped_is_small() -> None:

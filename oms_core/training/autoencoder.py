@@ -57,7 +57,7 @@ class Subject:
     def samples(self, module: AutoencoderKL) -> np.ndarray:
         """Held-out pictures above their reconstructions."""
         x_0 = self.held_out()[:COLUMNS]
-        return sheet(torch.cat([x_0, reconstructed(module, x_0)]))
+        return sheet(torch.cat([x_0, reconstructed(module, x_0)]), COLUMNS)
 
     def facts(self, module: AutoencoderKL) -> dict[str, Any]:
         """Its error on pictures that it was not trained on."""

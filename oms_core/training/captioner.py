@@ -82,7 +82,8 @@ class Subject:
 
     def samples(self, module: BlipForConditionalGeneration) -> np.ndarray:
         """The first pictures that it was trained to caption."""
-        return sheet(tensor_of(open_images(self.recipe.images).with_role(self.recipe.role), self.recipe.size)[:COLUMNS])
+        seen = open_images(self.recipe.images).with_role(self.recipe.role)
+        return sheet(tensor_of(seen, self.recipe.size)[:COLUMNS], COLUMNS)
 
     def facts(self, module: BlipForConditionalGeneration) -> dict[str, Any]:
         """How often its caption is the right one on pictures that it was not trained on."""

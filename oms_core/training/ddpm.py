@@ -54,7 +54,7 @@ class Subject:
     def samples(self, module: UNet2DModel) -> np.ndarray:
         """Pictures drawn from the model."""
         shape = (ROWS * COLUMNS, *self.x_0.shape[1:])
-        return sheet(drawn(lambda x_t, t: module(x_t, t).sample, self.schedule, shape, self.recipe.seed))
+        return sheet(drawn(lambda x_t, t: module(x_t, t).sample, self.schedule, shape, self.recipe.seed), COLUMNS)
 
     def facts(self, module: UNet2DModel) -> dict[str, Any]:
         """Nothing more."""

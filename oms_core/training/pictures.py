@@ -39,7 +39,7 @@ def drawn(ask: Callable[[Tensor, int], Tensor], schedule: DDPMScheduler, shape: 
     return x
 
 
-def sheet(x_0: Tensor, columns: int = COLUMNS) -> np.ndarray:
+def sheet(x_0: Tensor, columns: int) -> np.ndarray:
     """Grey pictures of (N, 1, H, W) in [-1, 1] side by side, (rows * H, columns * W) uint8."""
     grey = ((x_0.clamp(-1, 1) + 1) * 127.5).round().byte().unflatten(0, (-1, columns))[:, :, 0]
     return grey.permute(0, 2, 1, 3).flatten(0, 1).flatten(1).numpy()

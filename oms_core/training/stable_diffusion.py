@@ -122,7 +122,7 @@ class Subject:
         shape = (len(tokens), *self.latents.shape[1:])
         latents = drawn(lambda x_t, t: self.ask(module, x_t, t, tokens), self.schedule, shape, self.recipe.seed)
         with torch.inference_mode():
-            return sheet(self.vae.decode(latents / self.vae.config.scaling_factor).sample)
+            return sheet(self.vae.decode(latents / self.vae.config.scaling_factor).sample, COLUMNS)
 
     def facts(self, module: nn.ModuleDict) -> dict[str, Any]:
         """How many different captions it was trained with, and how its autoencoder was made."""

@@ -47,7 +47,7 @@ class Subject:
         def ask(x_t: Tensor, step: int) -> Tensor:
             return module(x_t, CLOCK * times[step].expand(len(x_t)))
 
-        return sheet(drawn(ask, schedule, (ROWS * COLUMNS, *self.x_0.shape[1:]), self.recipe.seed))
+        return sheet(drawn(ask, schedule, (ROWS * COLUMNS, *self.x_0.shape[1:]), self.recipe.seed), COLUMNS)
 
     def facts(self, module: UVit) -> dict[str, Any]:
         """Nothing more."""
