@@ -1,7 +1,7 @@
 # Two commands: `make app` starts the app, `make test` runs every test. Both install what they need, once.
 PYTHON ?= python3
 VENV := .venv
-MODELS := ddpm-digits ddpm-fashion uvit-digits uvit-fashion sd-fashion
+MODELS := ddpm-digits ddpm-fashion uvit-digits sd-fashion
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
@@ -22,10 +22,14 @@ format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .
 
 # The precomputed scenes, made by the command that a user would run.
+signals: export OMS_CACHE := assets/signals
 signals: $(VENV)/.installed
 	for model in $(MODELS); do \
-	  OMS_CACHE=assets/signals $(BIN)/python -m oms_core score --model $$model --attack NA,PIA --steps 10 --traces 8 && \
-	  OMS_CACHE=assets/signals $(BIN)/python -m oms_core score --model $$model || exit 1; \
+	  $(BIN)/python -m oms_core score --model $$model --attack NA,PIA --steps 10 --traces 8 && \
+	  $(BIN)/python -m oms_core score --model $$model || exit 1; \
+	done
+	for captions in blip none; do \
+	  $(BIN)/python -m oms_core score --model sd-fashion --captions $$captions || exit 1; \
 	done
 
 $(VENV)/.installed: requirements.txt

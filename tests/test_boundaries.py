@@ -69,7 +69,7 @@ def test_the_engine_never_heard_of_the_app(path: Path) -> None:
 
 @pytest.mark.parametrize("path", [path for path in SHOWN if path.exists()], ids=name_of)
 def test_pages_get_arrays_and_tables_and_never_tensors(path: Path) -> None:
-    inner = ("oms_core.families", "oms_core.denoiser", "oms_core.train", "oms_core.assemble")
+    inner = ("oms_core.families", "oms_core.denoiser", "oms_core.training", "oms_core.convert", "oms_core.assemble")
     found = below(imports_of(path), "torch", "diffusers", "transformers", "safetensors", *inner)
     assert found <= WARM_UP.get(name_of(path), set())
 
@@ -99,7 +99,9 @@ def test_figures_are_made_from_tables_alone(path: Path) -> None:
     assert not below(own(path), *(f"oms_core.{name}" for name in slow))
 
 
-@pytest.mark.parametrize("path", engine("decode", "images", "catalog", "cache", "run"), ids=name_of)
+@pytest.mark.parametrize(
+    "path", engine("decode", "files", "folders", "images", "layouts", "catalog", "cache", "run"), ids=name_of
+)
 def test_the_fast_half_needs_no_network(path: Path) -> None:
     assert not below(imports_of(path), "torch", "diffusers", "oms_core.families", "oms_core.compute")
 

@@ -9,12 +9,13 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable
-from fnmatch import fnmatch
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
 import pytest
+import tiny
 import torch
 from diffusers import UNet2DModel
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -83,7 +84,9 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "an index that names a module": (setting(INDEX, scheduler=["os", "system"]), "has scheduler ['os', 'system']"),
     "an index with a latent space": (setting(INDEX, vqvae=["diffusers", "VQModel"]), "has vqvae"),
     "an index with another network": (setting(INDEX, unet=["my_unet", "MyUNet"]), "has unet ['my_unet', 'MyUNet']"),
-    "another network": (setting(NETWORK, _class_name="UNet2DConditionModel"), "describes 'UNet2DConditionModel'"),
+    "another network": (setting(NETWORK, _class_name="UNet2DConditionModel"), "describes UNet2DConditionModel"),
+    "an unknown network": (setting(NETWORK, _class_name="MyUNet"), "describes 'MyUNet'; known are UNet2DModel, UVit"),
+    "no scheduler folder": (lambda folder: shutil.rmtree(folder / "scheduler"), "lists scheduler, but"),
     "no kind of network": (setting(NETWORK, _class_name=None), "describes None"),
     "a conditional network": (setting(NETWORK, num_class_embeds=10), "has num_class_embeds 10"),
     "a continuous network": (setting(NETWORK, time_embedding_type="fourier"), "has time_embedding_type 'fourier'"),
@@ -100,7 +103,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "10^9 timesteps": (setting(SCHEDULER, num_train_timesteps=10**9), "has num_train_timesteps 1000000000"),
     "no timesteps": (setting(SCHEDULER, num_train_timesteps=0), "has num_train_timesteps 0"),
     "half a scheduler config": (content(SCHEDULER, b"{"), "scheduler_config.json is not valid JSON"),
-    "only a pickle": (only_pickle, "only safetensors weights are loaded, never pickles"),
+    "only a pickle": (only_pickle, "holds no safetensors weights; pickles are never loaded"),
     "truncated weights": (weights(lambda data: data[:-10]), INCOMPLETE),
     "weights with something behind": (weights(lambda data: data + b"x"), INCOMPLETE),
     "empty weights": (content(WEIGHTS, b""), INCOMPLETE),
@@ -128,6 +131,142 @@ def test_a_folder_that_is_no_sound_model_is_refused_in_one_sentence(model: Path,
     assert "\n" not in str(refusal.value)
 
 
+# Pipelines of several parts
+
+TEXT, VAE, TRANSFORMER = "text_encoder/config.json", "vae/config.json", "transformer/config.json"
+
+
+def removed(name: str) -> Change:
+    return lambda folder: shutil.rmtree(folder / name)
+
+
+def unlisted(name: str) -> Change:
+    def change(folder: Path) -> None:
+        index = json.loads((folder / INDEX).read_bytes())
+        index.pop(name)
+        (folder / INDEX).write_text(json.dumps(index))
+
+    return change
+
+
+LATENT_REFUSED: dict[str, tuple[str, Change, str]] = {
+    "a second text encoder": (
+        "sd",
+        setting(INDEX, text_encoder_2=["transformers", "CLIPTextModelWithProjection"]),
+        "has text_encoder_2 ['transformers', 'CLIPTextModelWithProjection'], which no UNet2DConditionModel pipeline",
+    ),
+    "a network of SDXL": ("sd", setting(NETWORK, addition_embed_type="text_time"), "addition_embed_type 'text_time'"),
+    "an image encoder's network": (
+        "sd",
+        setting(NETWORK, encoder_hid_dim_type="image_proj"),
+        "encoder_hid_dim_type 'image_proj'",
+    ),
+    "a network with classes": ("sd", setting(NETWORK, num_class_embeds=1000), "num_class_embeds 1000"),
+    "inpainting": ("sd", setting(NETWORK, in_channels=9), "in_channels 9, but its autoencoder's latents have 4"),
+    "other latents": ("sd", setting(VAE, latent_channels=16), "in_channels 4, but its autoencoder's latents have 16"),
+    "an autoencoder of depth": ("sd", setting(VAE, in_channels=4), "in_channels 4"),
+    "no list of blocks": ("sd", setting(VAE, block_out_channels=64), "has block_out_channels 64; a list is needed"),
+    "30 blocks": ("sd", setting(VAE, block_out_channels=[8] * 30), "a list is needed"),
+    "an unknown part": ("sd", setting(INDEX, controlnet=["diffusers", "ControlNetModel"]), "has controlnet"),
+    "another autoencoder": ("sd", setting(INDEX, vae=["diffusers", "VQModel"]), "known are AutoencoderKL"),
+    "a part from elsewhere": ("sd", setting(INDEX, vae=["mine", "AutoencoderKL"]), "has vae ['mine', 'AutoencoderKL']"),
+    "a part that is no class": ("sd", setting(INDEX, vae=["diffusers"]), "has vae ['diffusers']"),
+    "no tokenizer": ("sd", unlisted("tokenizer"), "has no tokenizer; a UNet2DConditionModel needs its whole pipeline"),
+    "no scheduler listed": ("sd", unlisted("scheduler"), "has no scheduler; known are DDPMScheduler"),
+    "no folder of the tokenizer": ("sd", removed("tokenizer"), "lists tokenizer, but"),
+    "no folder of the text encoder": ("sd", removed("text_encoder"), "lists text_encoder, but"),
+    "no folder of the scheduler": ("sd", removed("scheduler"), "lists scheduler, but"),
+    "no scheduler config": (
+        "sd",
+        lambda folder: (folder / SCHEDULER).unlink(),
+        "has no scheduler/scheduler_config.json; a UNet2DConditionModel needs the one it came with",
+    ),
+    "a flow for Stable Diffusion": (
+        "sd",
+        setting(SCHEDULER, _class_name="FlowMatchEulerDiscreteScheduler"),
+        "names the scheduler 'FlowMatchEulerDiscreteScheduler'",
+    ),
+    "no config of the text encoder": ("sd", lambda folder: (folder / TEXT).unlink(), "config.json is missing"),
+    "no config of the autoencoder": ("sd", lambda folder: (folder / VAE).unlink(), "config.json is missing"),
+    "no weights of the autoencoder": (
+        "sd",
+        lambda folder: (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink(),
+        "vae holds no safetensors weights",
+    ),
+    "code of the text encoder": ("sd", content("text_encoder/mine.py", b""), "mine.py is code"),
+    "10^9 layers of text": ("sd", setting(TEXT, num_hidden_layers=10**9), "has num_hidden_layers 1000000000"),
+    "10^9 layers of the autoencoder": ("sd", setting(VAE, layers_per_block=10**9), "layers_per_block 1000000000"),
+    "10^9 transformers in a block": (
+        "sd",
+        setting(NETWORK, transformer_layers_per_block=[1, 10**9]),
+        "has transformer_layers_per_block [1, 1000000000]",
+    ),
+    "10^9 layers of a transformer": ("dit", setting(TRANSFORMER, num_layers=10**9), "has num_layers 1000000000"),
+    "classes that are no numbers": ("dit", setting(INDEX, id2label={"cat": "cat"}), "id2label"),
+    "another transformer": ("dit", setting(TRANSFORMER, _class_name="FluxTransformer2DModel"), "'FluxTransformer2DMod"),
+    "an unknown old transformer": (
+        "dit",
+        setting(TRANSFORMER, _class_name="Transformer2DModel", norm_type="layer_norm"),
+        "describes 'Transformer2DModel'",
+    ),
+    "a diffusion of SD3": ("sd3", setting(SCHEDULER, _class_name="DDIMScheduler"), "known are FlowMatchEulerDiscrete"),
+    "10^9 blocks": ("uvit", setting("config.json", depth=10**9), "has depth 1000000000"),
+    "a U-ViT of latents": ("uvit", setting("config.json", in_channels=4), "has in_channels 4"),
+}
+SAVE = {
+    "sd": tiny.save_stable_diffusion,
+    "dit": tiny.save_dit,
+    "sd3": lambda folder: tiny.save_sd3(folder, third=True),
+    "uvit": tiny.save_uvit,
+}
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Tiny models by kind; not to be changed."""
+    return {kind: save(tmp_path_factory.mktemp("saved") / kind) for kind, save in SAVE.items()}
+
+
+@pytest.mark.parametrize("name", LATENT_REFUSED)
+def test_a_pipeline_that_is_not_known_or_not_whole_is_refused_in_one_sentence(
+    tmp_path: Path, saved: dict[str, Path], name: str
+) -> None:
+    kind, change, expected = LATENT_REFUSED[name]
+    folder = shutil.copytree(saved[kind], tmp_path / "model")
+    describe(str(folder))  # what is refused below is the change, not the model
+    change(folder)
+    with pytest.raises(InputError) as refusal:
+        describe(str(folder))
+    assert expected in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("part", [None, [None, None]])
+def test_a_safety_checker_and_parts_that_are_absent_do_not_matter(
+    tmp_path: Path, saved: dict[str, Path], part: list | None
+) -> None:
+    folder = shutil.copytree(saved["sd"], tmp_path / "model")
+    setting(INDEX, safety_checker=["mine", "Checker"], image_encoder=part, controlnet=part)(folder)
+    assert describe(str(folder)).fingerprint == describe(str(saved["sd"])).fingerprint
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        setting(TEXT, eos_token_id=1),
+        setting(VAE, scaling_factor=0.5),
+        setting(SCHEDULER, beta_end=0.03),
+        content("tokenizer/tokenizer.json", b"{}"),
+    ],
+)
+def test_every_part_of_a_pipeline_decides_its_fingerprint(
+    tmp_path: Path, saved: dict[str, Path], change: Change
+) -> None:
+    folder = shutil.copytree(saved["sd"], tmp_path / "model")
+    change(folder)
+    assert describe(str(folder)).fingerprint != describe(str(saved["sd"])).fingerprint
+
+
 @pytest.mark.parametrize("name", ["", "nothing", "../nothing", "x" * 5000, "a\0b", "~/.ssh", "http://a/b", "\\\\a\\b"])
 def test_a_name_that_is_nothing_is_refused(name: str) -> None:
     with pytest.raises(InputError, match=r"There is no model or folder .*ideal:SET"):
@@ -135,7 +274,7 @@ def test_a_name_that_is_nothing_is_refused(name: str) -> None:
 
 
 def test_a_file_is_refused_as_a_model(pipeline: Path) -> None:
-    with pytest.raises(InputError, match="is a file; name the diffusers folder"):
+    with pytest.raises(InputError, match="is a file; name a diffusers folder"):
         describe(str(pipeline / WEIGHTS))
 
 
@@ -254,57 +393,121 @@ def test_every_shipped_model_is_what_its_card_says() -> None:
         for file, digest in card["files"].items():
             assert hashlib.sha256((catalog.MODELS / name / file).read_bytes()).hexdigest() == digest, file
         models = [describe(name), *(describe(f"{name}@{epoch}") for epoch in catalog.epochs(name))]
-        assert {model.parameters for model in models} == {card["parameters"]}
+        parameters = card["parameters"] + card.get("autoencoder", {}).get("parameters", 0)
+        assert {model.parameters for model in models} == {parameters}
         assert len({model.fingerprint for model in models}) == len(catalog.epochs(name))
         assert open_images(card["images"]).with_role("member").digest == card["members_digest"]
 
 
 # Hugging Face
 
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        ConnectionError("offline"),
-        OSError(28, "No space left on device"),
-        LocalEntryNotFoundError("nothing here"),
-        HFValidationError("no such name"),
-        HfHubHTTPError.__new__(HfHubHTTPError, "404 Client Error"),
-        RuntimeError("a kind that the client may invent tomorrow"),
-    ],
-    ids=lambda error: type(error).__name__,
-)
-def test_a_repository_that_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+
+class Hub:
+    """Hugging Face with one repository, whose files are those of a folder."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, **sizes: int) -> None:
+        self.folder, self.asked = folder, []
+        self.sizes = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*.*")} | sizes
+        monkeypatch.setattr(huggingface_hub, "HfApi", lambda: self)
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", self.snapshot_download)
+
+    def model_info(self, name: str, files_metadata: bool) -> SimpleNamespace:
+        assert files_metadata
+        files = [SimpleNamespace(rfilename=file, size=size) for file, size in self.sizes.items()]
+        return SimpleNamespace(sha=COMMIT, siblings=files)
+
+    def snapshot_download(self, name: str, revision: str, allow_patterns: list[str]) -> str:
+        self.asked.append((name, revision, allow_patterns))
+        return str(self.folder)
+
+
+def test_a_repository_is_fetched_at_one_commit(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub(pipeline, monkeypatch, **{"README.md": 10**15, "unet/diffusion_pytorch_model.bin": 10**15})
+    model = describe("owner/name")
+    assert (model.name, model.commit) == ("owner/name", COMMIT)
+    assert model.fingerprint == describe(str(pipeline)).fingerprint
+    ((name, revision, files),) = hub.asked
+    assert (name, revision) == ("owner/name", COMMIT)
+    assert sorted(files) == sorted([INDEX, NETWORK, SCHEDULER, WEIGHTS])
+
+
+def test_a_repository_that_is_too_large_is_refused_before_it_is_fetched(
+    pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = Hub(pipeline, monkeypatch, **{WEIGHTS: catalog.MAX_DOWNLOAD})
+    with pytest.raises(InputError, match="owner/name is larger than 40 GB; fetch it yourself and name its folder"):
+        describe("owner/name")
+    assert hub.asked == []
+
+
+def test_a_fetch_that_breaks_off_is_refused_in_one_sentence(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Hub(pipeline, monkeypatch)
+
+    def fail(*_: object, **__: object) -> str:
+        raise ConnectionError("reset by peer")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(InputError, match=r"owner/name could not be fetched from Hugging Face; try again\."):
+        describe("owner/name")
+
+
+ERRORS = [
+    ConnectionError("offline"),
+    OSError(28, "No space left on device"),
+    LocalEntryNotFoundError("nothing here"),
+    HFValidationError("no such name"),
+    HfHubHTTPError.__new__(HfHubHTTPError, "404 Client Error"),
+    RuntimeError("a kind that the client may invent tomorrow"),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_without_a_connection_what_was_fetched_before_is_used_and_else_one_sentence_said(
+    tmp_path: Path, pipeline: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    hub, kept = Hub(pipeline, monkeypatch), shutil.copytree(pipeline, tmp_path / COMMIT)
+
     def fail(*_: object, **__: object) -> str:
         raise error
 
+    def local(name: str, local_files_only: bool) -> str:
+        assert local_files_only
+        return str(kept)
+
+    monkeypatch.setattr(hub, "model_info", fail)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", local)
+    assert describe("owner/name").commit == COMMIT
+    assert describe("owner/name").fingerprint == describe(str(pipeline)).fingerprint
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(InputError, match="'owner/name' is no folder here and cannot be fetched from Hugging Face"):
         describe("owner/name")
 
 
-def test_of_a_repository_only_configurations_and_safetensors_are_fetched(
-    pipeline: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = {}
+PLAIN, HALF = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"
+PARTS = [f"unet/diffusion_pytorch_model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+SHARD_LIST = "unet/diffusion_pytorch_model.safetensors.index.json"
+CHOICES: dict[str, tuple[list[str], list[str]]] = {
+    "a bare network": (["config.json", PLAIN], []),
+    "a captioner": (["config.json", "preprocessor_config.json", "model.safetensors", "vocab.txt"], []),
+    "plain weights before half ones": ([f"unet/{PLAIN}"], [f"unet/{HALF}"]),
+    "half weights where there are no others": ([f"unet/{HALF}", f"vae/{PLAIN}"], [f"vae/{HALF}"]),
+    "weights in parts": ([*PARTS, SHARD_LIST], [f"unet/{HALF}"]),
+    "vocabularies": (["tokenizer/merges.txt", "tokenizer/vocab.json", "tokenizer_3/spiece.model"], []),
+    "text encoders": ([f"text_encoder{n}/model.safetensors" for n in ("", "_2", "_3")], ["text_encoder/model.bin"]),
+    "a scheduler": (["model_index.json", "scheduler/scheduler_config.json"], []),
+    "no pickles and no code": ([], ["unet/diffusion_pytorch_model.bin", "model.ckpt", "pipeline.py", "unet/my.py"]),
+    "no other weights": ([], ["v1-5-pruned.safetensors", "unet/diffusion_pytorch_model.non_ema.safetensors"]),
+    "no other parts": ([], ["safety_checker/model.safetensors", "safety_checker/config.json", "a/unet/config.json"]),
+}
 
-    def download(name: str, allow_patterns: list[str]) -> str:
-        asked[name] = allow_patterns
-        return str(pipeline)
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert describe("owner/name").fingerprint == describe(str(pipeline)).fingerprint
-    patterns = asked["owner/name"]
-
-    def fetched(file: str) -> bool:
-        return any(fnmatch(file, pattern) for pattern in patterns)
-
-    needed = [str(path.relative_to(pipeline)) for path in pipeline.rglob("*") if path.is_file()]
-    assert needed
-    assert all(map(fetched, needed))
-    assert all(map(fetched, ("config.json", "unet/diffusion_pytorch_model-00001-of-00002.safetensors")))
-    refused = ("unet/diffusion_pytorch_model.bin", "model.ckpt", "pipeline.py", "unet/my.py", "vae/model.safetensors")
-    assert not any(map(fetched, refused))
+@pytest.mark.parametrize("name", CHOICES)
+def test_of_a_repository_only_what_a_model_needs_is_fetched(name: str) -> None:
+    needed, others = CHOICES[name]
+    assert sorted(catalog.wanted(needed + others)) == sorted(needed)
+    assert sorted(catalog.wanted(others + needed)) == sorted(needed)
 
 
 # What must not be imported before it is needed

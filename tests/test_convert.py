@@ -142,6 +142,8 @@ def reference(seed: int = 0, **shape: Any) -> Reference:
         weight.requires_grad_(False)
         if "timembedding.0" in name:
             weight.copy_(clock_table(WIDTH))
+        if "proj_q" in name:
+            weight.mul_(0.2)  # sharper attention would make the rounding of float32 visible
     return network
 
 

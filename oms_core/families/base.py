@@ -142,7 +142,7 @@ def load_network(kind: type[ModelMixin], folder: Path, name: str, dtype: torch.d
         )
     except Exception as error:  # diffusers raises many kinds for a config and weights that do not fit
         raise InputError(f"The weights of {name} do not fit its config.json: {reason(error)}") from error
-    return verified(network, info, name).to(dtype)  # diffusers leaves some kinds in the precision of their file
+    return verified(network, info, name).to(dtype)  # diffusers leaves SD3 in float32
 
 
 def load_text_encoder(kind: type[PreTrainedModel], folder: Path, name: str, dtype: torch.dtype) -> Any:

@@ -12,19 +12,16 @@ from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from oms_core.images import ImageSet, open_images
-from oms_core.training.pictures import COLUMNS, sheet, tensor_of
+from oms_core.training.pictures import COLUMNS, sheet, tensor_of, words_of
 from oms_core.training.recipes import Recipe
 
-SPECIAL = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4}
 LONGEST = 24  # tokens of a caption
 
 
-def vocabulary(captions: list[str]) -> BertTokenizer:
-    """BERT's tokenizer with the words of the captions, and BLIP's mark for a caption's beginning."""
-    tokenizer = BertTokenizer(vocab=SPECIAL).train_new_from_iterator(captions, 200, show_progress=False)
-    tokenizer.add_special_tokens({"bos_token": "[DEC]"})
-    tokenizer.model_max_length = LONGEST
-    return tokenizer
+def vocabulary() -> BertTokenizer:
+    """BERT's tokenizer with the words of fashion's captions, and BLIP's mark for a caption's beginning."""
+    ids = {token: k for k, token in enumerate(words_of("bert")["tokens"])}
+    return BertTokenizer(vocab=ids, bos_token="[DEC]", model_max_length=LONGEST)
 
 
 def network(
@@ -57,7 +54,7 @@ class Subject:
 
     def __init__(self, recipe: Recipe, images: ImageSet, part: Path | None = None) -> None:
         self.recipe, self.captions = recipe, [*images.table.caption]
-        self.tokenizer = vocabulary(sorted({*self.captions}))
+        self.tokenizer = vocabulary()
         self.module = network(self.tokenizer, recipe.size, **recipe.network)
         self.processor = BlipImageProcessorPil(size={"height": recipe.size, "width": recipe.size})
         self.pixels = self.seen(images)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,12 +14,22 @@ from torch import Tensor
 from oms_core.decode import Profile
 from oms_core.images import ImageSet
 
+VOCABULARIES = Path(__file__).with_name("vocabularies.json")
 ROWS, COLUMNS = 4, 16  # of a sheet of samples
 
 
 def tensor_of(images: ImageSet, size: int) -> Tensor:
     """Grey pictures as x_0 in [-1, 1], (N, 1, H, W)."""
     return torch.from_numpy(images.pixels(Profile((size, size), 1))).permute(0, 3, 1, 2) / 127.5 - 1
+
+
+def words_of(tokenizer: str) -> dict[str, list[str]]:
+    """The tokens (and merges) of a tokenizer, clip or bert.
+
+    They were learned once from fashion's captions by the tokenizers' own trainers. Those break ties in no fixed
+    order, so the outcome is kept: a training must come out the same every time.
+    """
+    return json.loads(VOCABULARIES.read_text())[tokenizer]
 
 
 @torch.inference_mode()

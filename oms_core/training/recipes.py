@@ -44,7 +44,6 @@ class Recipe:
 
 DIGITS_TIMESTEPS = {"NA": 100, "PIA": 200, "PIAN": 100, "SecMI": 100, "SecMI-xt": 100}
 UVIT_DIGITS_TIMESTEPS = DIGITS_TIMESTEPS | {"PIA": 100}
-UVIT_FASHION_TIMESTEPS = {"NA": 200, "PIA": 200, "PIAN": 200, "SecMI": 100, "SecMI-xt": 100}
 LATENT_TIMESTEPS = {"NA": 350, "PIA": 350, "PIAN": 350, "SecMI": 200, "SecMI-xt": 200}
 RECIPES = {
     "ddpm-digits": Recipe(
@@ -54,10 +53,6 @@ RECIPES = {
     "uvit-digits": Recipe(
         "uvit", "digits", 8, {"patch_size": 2, "width": 128, "depth": 4, "heads": 4}, 1200, (1200,), 1200,
         UVIT_DIGITS_TIMESTEPS,
-    ),
-    "uvit-fashion": Recipe(
-        "uvit", "fashion", 28, {"patch_size": 4, "width": 128, "depth": 4, "heads": 4}, 600, (600,), 600,
-        UVIT_FASHION_TIMESTEPS, 16,
     ),
     "vae-fashion": Recipe("autoencoder", "fashion", 28, {"blocks": (8, 24, 48)}, 30, (30,), 30, {}, role="auxiliary"),
     "sd-fashion": Recipe(

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from oms_core.files import read_json
-from oms_core.images import ImageSet, open_images
+from oms_core.images import ImageSet
 from oms_core.training.autoencoder import modes
-from oms_core.training.pictures import COLUMNS, ROWS, drawn, sheet, tensor_of
+from oms_core.training.pictures import COLUMNS, ROWS, drawn, sheet, tensor_of, words_of
 from oms_core.training.recipes import Recipe
 
 WITHOUT_CAPTION = 0.1  # of the pictures, so that the model also knows the empty caption
@@ -22,11 +22,12 @@ LONGEST = 24  # tokens of a caption
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 
 
-def vocabulary(captions: list[str]) -> CLIPTokenizer:
-    """CLIP's tokenizer with every byte and the words of the captions."""
-    tokenizer = CLIPTokenizer().train_new_from_iterator(captions, 1000, show_progress=False)
-    tokenizer.model_max_length = LONGEST
-    return tokenizer
+def vocabulary() -> CLIPTokenizer:
+    """CLIP's tokenizer with every byte and the words of fashion's captions."""
+    kept = words_of("clip")
+    ids = {token: k for k, token in enumerate(kept["tokens"])}
+    merges = [tuple(pair.split(" ")) for pair in kept["merges"]]
+    return CLIPTokenizer(vocab=ids, merges=merges, model_max_length=LONGEST)
 
 
 def text_encoder(tokenizer: CLIPTokenizer, width: int, layers: int) -> CLIPTextModel:
@@ -69,10 +70,11 @@ class Subject:
     def __init__(self, recipe: Recipe, images: ImageSet, part: Path) -> None:
         self.recipe, self.part_card = recipe, read_json(part.parent / "card.json")
         vae = AutoencoderKL.from_pretrained(part, torch_dtype=torch.float32, low_cpu_mem_usage=False)
+        vae.register_to_config(_name_or_path=recipe.part)  # a name, not a place on some machine
         self.vae = vae.eval().requires_grad_(False)
         self.latents = modes(self.vae, tensor_of(images, recipe.size)).clone() * self.vae.config.scaling_factor
         captions = [*images.table.caption]
-        self.tokenizer = vocabulary(sorted({*open_images(recipe.images).table.caption}))
+        self.tokenizer = vocabulary()
         width, layers, blocks = (recipe.network[key] for key in ("width", "layers", "blocks"))
         text = text_encoder(self.tokenizer, width, layers)
         self.module = nn.ModuleDict({"text_encoder": text, "unet": network(self.latents.shape[-1], blocks, width)})
