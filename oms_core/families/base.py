@@ -142,7 +142,8 @@ def load_network(kind: type[ModelMixin], folder: Path, name: str, dtype: torch.d
         )
     except Exception as error:  # diffusers raises many kinds for a config and weights that do not fit
         raise InputError(f"The weights of {name} do not fit its config.json: {reason(error)}") from error
-    return verified(network, info, name).to(dtype)  # diffusers leaves SD3 in float32
+    network = verified(network, info, name)
+    return network if network.dtype == dtype else network.to(dtype)  # diffusers leaves SD3 in float32
 
 
 def load_text_encoder(kind: type[PreTrainedModel], folder: Path, name: str, dtype: torch.dtype) -> Any:
