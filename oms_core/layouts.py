@@ -256,7 +256,7 @@ def caption_pairs(content: Any) -> Iterable[tuple[str, str]]:
 def hidden(file: str) -> bool:
     """Whether a file is the system's, not the user's."""
     parts = PurePosixPath(file).parts
-    return any(part.startswith(".") for part in parts) or parts[-1] in IGNORED
+    return any(part.startswith(".") and part != ".." for part in parts) or parts[-1] in IGNORED
 
 
 def refuse_unlisted(error: OSError) -> None:

@@ -21,6 +21,7 @@ from oms_core.assemble import png
 from oms_core.decode import Profile
 from oms_core.errors import InputError
 from oms_core.images import ImageSet, open_images
+from oms_core.run import Run, plan
 
 GREY = Profile((8, 8), 1)
 RNG = np.random.default_rng(0)
@@ -203,9 +204,12 @@ def test_a_row_that_names_no_file_is_listed_and_the_others_are_used(tmp_path: Pa
     }
 
 
-def test_a_folder_of_neither_layout_is_refused(tmp_path: Path) -> None:
-    assert "neither member/ and nonmember/ nor metadata.csv" in refusal(folder_of(tmp_path, {"a.png": A}))
-    assert "neither member/ and nonmember/ nor metadata.csv" in refusal(folder_of(tmp_path / "b", {"member": A}))
+def test_a_folder_of_no_layout_says_nothing_of_members_and_cannot_be_compared(tmp_path: Path) -> None:
+    found = open_images(str(folder_of(tmp_path, {"a.png": A, "b.png": B})))
+    assert [*found.table.role] == ["", ""]
+    with pytest.raises(InputError, match="says of no picture whether it is a member") as refused:
+        plan(Run(images=str(tmp_path)))
+    assert "\n" not in str(refused.value)
 
 
 def test_a_folder_without_usable_pictures_is_refused_with_the_first_reason(tmp_path: Path) -> None:
@@ -221,7 +225,7 @@ def test_a_name_that_is_nothing_is_refused_with_the_names_that_are(name: str) ->
 
 
 def test_a_file_is_refused_as_a_set(tmp_path: Path) -> None:
-    assert "a.png is a file; name the folder" in refusal(folder_of(tmp_path, {"a.png": A}) / "a.png")
+    assert "a.png is a file; name a folder" in refusal(folder_of(tmp_path, {"a.png": A}) / "a.png")
 
 
 def test_what_is_no_regular_file_is_listed_and_never_waited_for(
