@@ -26,7 +26,7 @@ from oms_core.denoiser import PREDICTION_TYPES, to_eps
 from oms_core.device import Placement
 from oms_core.errors import InputError
 from oms_core.families import load
-from oms_core.families.ddpm import alpha_bar
+from oms_core.families.base import alpha_bar
 from oms_core.folders import DIFFUSED
 from oms_core.images import open_images
 from oms_core.run import Run, columns, lookup, plan, scores
