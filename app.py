@@ -39,16 +39,33 @@ CARDS = (
         "Fashion pictures at 28 x 28. One More Step helps the naive attack, and here it can also hurt.",
         {"model": "ddpm-fashion"},
     ),
+    (
+        "A transformer",
+        "pages/3_Attacks.py",
+        ":material/hub:",
+        "The same digits, learned by a U-ViT in continuous time: the attacks do not notice the difference.",
+        {"model": "uvit-digits", "n": "2"},
+    ),
+    (
+        "Pictures with captions",
+        "pages/3_Attacks.py",
+        ":material/subtitles:",
+        "A small Stable Diffusion on latents. What is the caption worth: given, written by BLIP, or none?",
+        {"model": "sd-fashion", "n": "2", "captions": "blip"},
+    ),
 )
+PER_ROW = 3
 
 
 def cards() -> None:
     """Ready scenes, one click each."""
-    for column, (title, page, icon, words, params) in zip(st.columns(len(CARDS)), CARDS, strict=True):
-        with column.container(border=True, height="stretch"):
-            st.markdown(f"#### {title}")
-            st.write(words)
-            st.page_link(page, label="Open", icon=icon, query_params=params)
+    for start in range(0, len(CARDS), PER_ROW):
+        row = CARDS[start : start + PER_ROW]
+        for column, (title, page, icon, words, params) in zip(st.columns(PER_ROW), row, strict=True):
+            with column.container(border=True, height="stretch"):
+                st.markdown(f"#### {title}")
+                st.write(words)
+                st.page_link(page, label="Open", icon=icon, query_params=params)
 
 
 def pair(context: Context) -> None:

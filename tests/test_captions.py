@@ -28,7 +28,7 @@ def blip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A BLIP of 8 x 8 pictures that was never trained; not to be changed."""
     folder = tmp_path_factory.mktemp("captioner") / "blip"
     torch.manual_seed(0)
-    tokenizer = training.vocabulary(tiny.WORDS)
+    tokenizer = training.vocabulary()
     model = training.network(tokenizer, size=8, patch_size=4, width=16, layers=1)
     for part in (tiny.seeded(model), tokenizer, training.BlipImageProcessorPil(size={"height": 8, "width": 8})):
         part.save_pretrained(folder)
