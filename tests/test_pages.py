@@ -19,6 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = ["app.py", "pages/1_Step_the_search.py", "pages/2_Convergence.py", "pages/3_Attacks.py"]
 BAD_ADDRESSES = {
     "model": "../../etc/passwd",
+    "images": "/etc",
+    "captions": "banana",
     "attack": "<script>alert(1)</script>",
     "t": "-5",
     "n": "99999999999999999999",
@@ -55,7 +57,7 @@ def test_a_page_opens_on_its_precomputed_scene(page: str) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-@pytest.mark.parametrize("model", ["ddpm-digits", "ddpm-fashion"])
+@pytest.mark.parametrize("model", catalog.built_in())
 def test_a_precomputed_scene_says_its_numbers(page: str, model: str) -> None:
     test = opened(page, model=model, n="2", step="2")
     assert not test.exception
@@ -68,6 +70,28 @@ def test_a_precomputed_scene_says_its_numbers(page: str, model: str) -> None:
         "3_": "gain in AUC points with its 95 % interval",
     }
     assert next(text for key, text in expected.items() if key in page) in said
+
+
+@pytest.mark.parametrize("captions", ["blip", "none"])
+def test_the_captions_of_a_text_to_image_model_can_be_exchanged(captions: str) -> None:
+    test = opened("pages/3_Attacks.py", model="sd-fashion", n="2", captions=captions)
+    assert not test.exception
+    assert "gain in AUC points" in words(test)
+    assert test.sidebar.selectbox(key="picked captions").value == captions
+
+
+def test_only_folders_that_the_owner_opened_join_the_pickers(
+    pipeline: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = {"model": str(pipeline), "images": str(pictures)}
+    assert "which is ignored" in words(opened("pages/3_Attacks.py", **address))
+    monkeypatch.setenv("OMS_MODELS", str(pipeline.parent))
+    monkeypatch.setenv("OMS_IMAGES", str(pictures.parent))
+    test = opened("pages/3_Attacks.py", **address)
+    assert not test.exception
+    assert "which is ignored" not in words(test)
+    assert "Who is a member is what grey says" in words(test)
+    assert [button for button in test.button if button.label == "Run"]
 
 
 @pytest.mark.parametrize("page", PAGES)
