@@ -1,12 +1,13 @@
 """Image sets: pictures with an identity, a role, and what is known of them."""
 
 import hashlib
+import io
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pandas as pd
 from oms_core import layouts, rows
 from oms_core.decode import FORMATS, Profile, decode, pixels
 from oms_core.errors import InputError
-from oms_core.layouts import ROLES, Folder, Listed, Tree, Zip
+from oms_core.layouts import BESIDE, ROLES, Folder, Listed, Rows, Tree, Zip
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 BUILT_IN = ("digits", "fashion")
@@ -94,18 +95,32 @@ def open_images(name: str) -> ImageSet:
         return joined(name)
     split, at, rest = name.partition(".npz@")
     if at:
-        return with_split(Path(f"{split}.npz"), open_images(rest), name)
+        return collected(name, with_split(Path(f"{split}.npz"), located(rest), rest))
+    return collected(name, located(name))
+
+
+def located(name: str) -> Rows:
+    """The pictures that a name stands for, before any is opened.
+
+    Raises:
+        InputError: there is no such set, or what describes it cannot be read.
+    """
+    if name in BUILT_IN:
+        images = built_in(name)
+        said = images.table[[*Listed._fields]].itertuples(index=False)
+        return Rows([Listed(*one) for one in said], images.read)
     if name.startswith("hub:"):
-        return from_rows(name, rows.hub(name.removeprefix("hub:")))
+        return rows.hub(name.removeprefix("hub:"))
     if not name or not os.path.exists(name):
         raise InputError(f"There is no image set or folder {name!r}; the built-in sets are {', '.join(BUILT_IN)}.")
     path = Path(name)
     if os.path.isdir(path):
-        return from_folder(path)
-    if path.suffix.lower() == ".zip":
-        return from_tree(name, Zip(path))
-    if path.suffix.lower() == ".parquet":
-        return from_rows(name, rows.parquet([path]))
+        return in_folder(path)
+    kind = path.suffix.lower() if os.path.isfile(path) else ""
+    if kind == ".zip":
+        return in_tree(Zip(path))
+    if kind == ".parquet":
+        return rows.parquet([path])
     raise InputError(f"{name} is a file; name a folder that holds member/ and nonmember/, a .zip, or a .parquet.")
 
 
@@ -151,114 +166,107 @@ def built_in(name: str) -> ImageSet:
     return ImageSet(name, table, found.png.__getitem__, rejected_table([]))
 
 
-def from_folder(path: Path) -> ImageSet:
+def in_folder(path: Path) -> Rows:
     """Pictures below a folder, or in the rows of files that lie in it."""
     if any(os.path.isfile(path / name) for name in rows.CIFAR):
-        return from_rows(str(path), rows.cifar(path))
-    if os.path.isfile(path / rows.PICKLED):
+        return rows.cifar(path)
+    if any(os.path.isfile(path / name) for name in rows.PICKLED):
         raise InputError(f"{path} holds CIFAR as pickles, which can run code; use the binary version of the data set.")
-    tables = sorted(path.glob("*.parquet"))
-    if tables:
-        return from_rows(str(path), rows.parquet(tables))
-    return from_tree(str(path), Folder(path))
+    tree = Folder(path)
+    tables = [path / file for file in tree.files if "/" not in file and file.lower().endswith(".parquet")]
+    tables = [file for file in tables if os.path.isfile(file)]
+    if tables and all(file.lower().endswith(BESIDE) for file in tree.files):
+        return rows.parquet(tables)
+    return in_tree(tree)
 
 
-def from_tree(name: str, tree: Tree) -> ImageSet:
+def in_tree(tree: Tree) -> Rows:
     """The pictures of a folder or a zip."""
     listed = [*layouts.listed(tree)]
-    return collected(name, listed, [one.file for one in listed], tree.read)
+    return Rows(listed, lambda number: tree.read(listed[number].file))
 
 
-def from_rows(name: str, found: rows.Rows) -> ImageSet:
-    """The pictures in the rows of a table."""
-    listed = [*found.listed]
-    return collected(name, listed, range(len(listed)), found.read)
-
-
-def collected(name: str, listed: list[Listed], places: Sequence[Any], read: Callable[[Any], bytes]) -> ImageSet:
+def collected(name: str, found: Rows) -> ImageSet:
     """An image set; each picture is read once to take its identity and to see that it decodes.
-
-    Args:
-        name: how a user calls the set.
-        listed: what is said of each picture.
-        places: where each is, as `read` wants it.
-        read: from a place to a picture's bytes.
 
     Raises:
         InputError: no picture can be used.
     """
-    kept, rejected, found = [], [], []
-    for one, place in zip(listed, places, strict=True):
+    kept, rejected = {}, []
+    for number, one in enumerate(found.listed):
+        file, label, caption = (readable(text) for text in (one.file, one.label, one.caption))
         try:
-            data = read(place)
+            data = found.read(number)
             decode(data)
         except InputError as error:
-            rejected.append((readable(one.file), str(error)))
-            continue
-        kept.append((sha256(data), readable(one.file), one.role, readable(one.label), one.caption))
-        found.append(place)
-    table = pd.DataFrame(kept, columns=["image", "file", "role", "label", "caption"])
-    whole, doubled = without_doubles(table)
-    if whole.empty:
-        first = rejected + doubled
-        why = f" The first reason: {first[0][0]}: {first[0][1]}." if first else ""
+            rejected.append((file, str(error)))
+        else:
+            kept[number] = (sha256(data), file, one.role, label, caption)
+    columns = ["image", "file", "role", "label", "caption"]
+    table, doubled = without_doubles(pd.DataFrame.from_dict(kept, orient="index", columns=columns))
+    rejected += doubled
+    refuse_nothing(name, table, rejected)
+
+    numbers, images = [*table.index], [*table.image]
+
+    def again(row: int) -> bytes:
+        return read_again(found, numbers[row], name, images[row])
+
+    return ImageSet(name, table.reset_index(drop=True), again, rejected_table(rejected))
+
+
+def refuse_nothing(name: str, table: pd.DataFrame, rejected: list[tuple[str, str]]) -> None:
+    """Refuse a set without pictures, with the first reason."""
+    if table.empty:
+        why = " The first reason: {}: {}.".format(*rejected[0]) if rejected else ""
         raise InputError(f"No picture in {name} can be used; supported are {', '.join(FORMATS)}.{why}")
-    found = [found[row] for row in whole.index]
-    whole = whole.reset_index(drop=True)
-    again = partial(read_again, read, found, whole.image, name)
-    return ImageSet(name, whole, again, rejected_table(rejected + doubled))
 
 
-def read_again(read: Callable[[Any], bytes], places: list[Any], images: pd.Series, name: str, row: int) -> bytes:
-    """The bytes of a row's picture, which must still be the picture that the row names.
+def read_again(found: Rows, number: int, name: str, image: str) -> bytes:
+    """The bytes of a picture, which must still be the picture of this identity.
 
     Raises:
         InputError: it was changed or removed since the set was opened.
     """
-    where = Path(name) / str(places[row])
+    where = Path(name) / readable(found.listed[number].file)
     try:
-        data = read(places[row])
+        data = found.read(number)
     except InputError as error:
         raise InputError(f"{where} was removed while it was in use ({error}); open the set again.") from error
-    if sha256(data) != images[row]:
+    if sha256(data) != image:
         raise InputError(f"{where} was changed while it was in use; open the set again.")
     return data
 
 
-def with_split(split: Path, images: ImageSet, name: str) -> ImageSet:
-    """A set with the roles of a ``*_train_ratio0.5.npz``: indices in the order of the data set.
+def with_split(split: Path, found: Rows, name: str) -> Rows:
+    """Pictures with the roles of a ``*_train_ratio0.5.npz``: indices in the order of the data set.
 
     Raises:
         InputError: the file is damaged, lacks an array, or its indices do not fit the set.
     """
     try:
-        with np.load(split) as arrays:
+        with np.load(io.BytesIO(layouts.read_regular(split))) as arrays:
             members, others = (arrays[key].ravel() for key in ("mia_train_idxs", "mia_eval_idxs"))
     except Exception as error:  # NumPy raises many kinds for what is no such file
         raise InputError(f"{split} holds no mia_train_idxs and mia_eval_idxs that can be read.") from error
-    indices = np.concatenate([members, others])
-    size = len(images) + len(images.rejected)
-    if not np.issubdtype(indices.dtype, np.integer) or (
-        len(indices) and not 0 <= indices.min() <= indices.max() < size
-    ):
-        raise InputError(f"{split} names pictures outside {images.name}, which has {size}; are they of one data set?")
-    if len(np.unique(indices)) != len(indices):
+    if not all(np.issubdtype(part.dtype, np.integer) for part in (members, others)):
+        raise InputError(f"{split} holds indices that are not whole numbers; save them as integers.")
+    indices = [*members.tolist(), *others.tolist()]
+    size = len(found.listed)
+    if any(not 0 <= index < size for index in indices):
+        raise InputError(f"{split} names pictures outside {name}, which has {size}; are they of one data set?")
+    if len({*indices}) != len(indices):
         raise InputError(f"{split} names a picture twice; members and non-members must be disjoint.")
-    if len(images.rejected):
-        raise InputError(
-            f"{images.name} has {len(images.rejected)} pictures that cannot be used or are doubled, the first "
-            f"{images.rejected.file[0]}; so the indices of {split.name} would not fit."
-        )
     role = np.full(size, "", object)
     role[members], role[others] = "member", "nonmember"
-    return replace(images, name=name, table=images.table.assign(role=role))
+    return found._replace(listed=[one._replace(role=part) for one, part in zip(found.listed, role, strict=True)])
 
 
 def joined(name: str) -> ImageSet:
     """Several sets, each as a whole in one role: ``member=NAME,nonmember=NAME``.
 
     Raises:
-        InputError: a role is unknown or given twice.
+        InputError: a role is unknown or given twice, or every picture stands in two roles.
     """
     parts = [part.partition("=") for part in name.split(",")]
     roles = [role.strip() for role, _, _ in parts]
@@ -268,20 +276,20 @@ def joined(name: str) -> ImageSet:
     tables = [part.table.assign(role=role) for role, part in zip(roles, sets, strict=True)]
     places = [(part, row) for part, table in zip(sets, tables, strict=True) for row in table.index]
     whole, doubled = without_doubles(pd.concat(tables, ignore_index=True))
+    refused = [pair for part in sets for pair in part.rejected.itertuples(index=False, name=None)] + doubled
+    refuse_nothing(name, whole, refused)
     places = [places[row] for row in whole.index]
 
     def read(row: int) -> bytes:
         part, place = places[row]
         return part.read(place)
 
-    rejected = pd.concat([*(part.rejected for part in sets), rejected_table(doubled)], ignore_index=True)
-    return ImageSet(name, whole.reset_index(drop=True), read, rejected)
+    return ImageSet(name, whole.reset_index(drop=True), read, rejected_table(refused))
 
 
 def without_doubles(table: pd.DataFrame) -> tuple[pd.DataFrame, list[tuple[str, str]]]:
     """Drop repeated files within a role, and every copy of a picture that stands in two roles."""
-    roles = table.groupby("image").role.transform("nunique") if len(table) else pd.Series(dtype=int)
-    torn = roles > 1
+    torn = table.groupby("image").role.transform("nunique") > 1
     repeated = table.duplicated("image") & ~torn
     reasons = [(file, "the same picture is also listed with another role") for file in table.file[torn]]
     reasons += [(file, "the same picture is listed twice") for file in table.file[repeated]]
@@ -293,8 +301,8 @@ def rejected_table(found: list[tuple[str, str]]) -> pd.DataFrame:
 
 
 def readable(name: str) -> str:
-    """A file's name as text that can be kept and shown, also where its bytes are no UTF-8."""
-    return os.fsencode(name).decode(errors="replace")
+    """A file's name or a caption as text that can be kept and shown, also where its bytes are no UTF-8."""
+    return re.sub("[\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", name)
 
 
 def sha256(data: bytes) -> str:

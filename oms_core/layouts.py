@@ -51,6 +51,18 @@ class Listed(NamedTuple):
     caption: str = ""
 
 
+class Rows(NamedTuple):
+    """Pictures that are read by their number, which is their place in the data set.
+
+    Attributes:
+        listed: what is said of each.
+        read: from a picture's number to its bytes.
+    """
+
+    listed: list[Listed]
+    read: Callable[[int], bytes]
+
+
 @dataclass(eq=False)
 class Folder:
     """The files below a folder; links to folders are listed, never followed."""
@@ -70,8 +82,8 @@ class Folder:
             found += [Path(root, file).relative_to(self.path).as_posix() for file in files + links]
         return sorted(file for file in found if not hidden(file))
 
-    def read(self, file: str) -> bytes:
-        return read_regular(self.path / file)
+    def read(self, file: str, most: int = MAX_BYTES) -> bytes:
+        return read_regular(self.path / file, most)
 
     def __str__(self) -> str:
         return str(self.path)
@@ -87,7 +99,7 @@ class Zip:
     def archive(self) -> zipfile.ZipFile:
         try:
             archive = zipfile.ZipFile(self.path)
-        except (zipfile.BadZipFile, OSError) as error:
+        except Exception as error:  # damage in the directory shows in many ways
             raise InputError(f"{self.path} is no complete zip archive; pack it again.") from error
         if len(archive.infolist()) > MAX_ENTRIES:
             raise InputError(f"{self.path} holds more than {MAX_ENTRIES:,} files; unpack it and name the folder.")
@@ -96,10 +108,12 @@ class Zip:
     @cached_property
     def files(self) -> list[str]:
         """The names of its entries, sorted."""
-        names = (entry.filename for entry in self.archive.infolist() if not entry.is_dir())
+        names = [name for name in self.archive.namelist() if not name.endswith("/")]
         return sorted(name for name in names if not hidden(name) and not name.startswith("__MACOSX/"))
 
-    def read(self, file: str) -> bytes:
+    def read(self, file: str, most: int = MAX_BYTES) -> bytes:
+        if file not in self.archive.NameToInfo:
+            raise InputError("it is not in the archive")
         entry = self.archive.getinfo(file)
         if entry.filename.startswith("/") or ".." in PurePosixPath(file).parts or "\\" in file or ":" in file:
             raise InputError("its name points out of the archive")
@@ -107,14 +121,14 @@ class Zip:
             raise InputError("it is a link")
         if entry.flag_bits & 1:
             raise InputError("it is encrypted")
-        if entry.file_size > MAX_BYTES:
-            raise InputError(f"the file is larger than {MAX_BYTES >> 20} MB")
+        if entry.file_size > most:
+            raise InputError(f"the file is larger than {most >> 20} MB")
         if entry.file_size > MAX_RATIO * max(1, entry.compress_size):
             raise InputError(f"it unpacks to more than {MAX_RATIO} times its size")
         try:
             with self.archive.open(entry) as opened:
-                return opened.read(MAX_BYTES)
-        except (zipfile.BadZipFile, NotImplementedError, OSError, RuntimeError, EOFError, ValueError) as error:
+                return opened.read(most)
+        except Exception as error:  # each kind of compression has its own
             raise InputError("the entry is damaged") from error
 
     def __str__(self) -> str:
@@ -138,7 +152,7 @@ def listed(tree: Tree) -> Iterable[Listed]:
         return in_role_folders(pictures, words)
     if pictures and all(LFW.fullmatch(file) for file in pictures):
         return in_identity_folders(pictures)
-    return [Listed(file, "", str(PurePosixPath(file).parent).strip("."), words(file)) for file in pictures]
+    return [Listed(file, "", "/".join(PurePosixPath(file).parts[:-1]), words(file)) for file in pictures]
 
 
 def in_role_folders(pictures: list[str], words: Callable[[str], str]) -> Iterable[Listed]:
@@ -208,33 +222,48 @@ def captions_in(tree: Tree) -> Callable[[str], str]:
     beside = {file for file in tree.files if file.endswith(".txt")}
 
     def caption(file: str) -> str:
-        text = str(PurePosixPath(file).with_suffix(".txt"))
+        text = f"{os.path.splitext(file)[0]}.txt"
         if text in beside:
-            return tree.read(text).decode(errors="replace").strip()
-        return found.get(file, found.get(f"{PurePosixPath(file).parts[0]} {PurePosixPath(file).name}", ""))
+            return text_in(tree, text)
+        places = (file, f"{file.partition('/')[0]}/**/{PurePosixPath(file).name}", f"**/{PurePosixPath(file).name}")
+        return next((found[place] for place in places if place in found), "")
 
     return caption
+
+
+def text_in(tree: Tree, file: str) -> str:
+    """The words in a text file.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        return tree.read(file).decode(errors="replace").strip()
+    except InputError as error:
+        raise InputError(f"{file} in {tree} holds no caption that can be read: {error}.") from error
 
 
 def captions_of(tree: Tree, file: str) -> dict[str, str]:
     """The captions in a JSON file: {file: caption}, a list of objects, or COCO's annotations.
 
+    Files are named from where the JSON lies or from ``images/`` there; in a folder, their bare names will do
+    for all below that folder, and COCO's, which are unique, for all pictures.
+
     Raises:
         InputError: it is damaged, or none of them.
     """
     try:
-        content = json.loads(tree.read(file))
+        content = json.loads(tree.read(file, MAX_WORDS))
         pairs = [*caption_pairs(content)]
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, InputError) as error:
         raise InputError(f"{file} in {tree} holds no captions that can be read; restore the original file.") from error
-    root = PurePosixPath(file).parts[0] if "/" in file else None
     near = PurePosixPath(file).parent
+    anywhere = isinstance(content, dict) and "annotations" in content
+    below = "**" if anywhere else f"{file.partition('/')[0]}/**"
     named: dict[str, str] = {}
     for name, caption in pairs:
-        for place in (near / name, near / "images" / name):
+        for place in (near / name, near / "images" / name, f"{below}/{PurePosixPath(name).name}"):
             named[str(place)] = caption
-        if root:
-            named[f"{root} {PurePosixPath(name).name}"] = caption
     return named
 
 
@@ -246,25 +275,23 @@ def caption_pairs(content: Any) -> Iterable[tuple[str, str]]:
     elif isinstance(content, dict):
         rows = [*content.items()]
     else:
-        rows = [
-            (next(row[key] for key in ("file_name", "image", "file") if key in row), row["caption"]) for row in content
-        ]
+        rows = [(row.get("file_name") or row.get("image") or row["file"], row["caption"]) for row in reversed(content)]
     for name, caption in rows:
         yield str(name), str(caption[0] if isinstance(caption, list) else caption).strip()
 
 
 def hidden(file: str) -> bool:
     """Whether a file is the system's, not the user's."""
-    parts = PurePosixPath(file).parts
-    return any(part.startswith(".") and part != ".." for part in parts) or parts[-1] in IGNORED
+    parts = file.split("/")
+    return any(re.match(r"\.[^.]", part) for part in parts) or parts[-1] in IGNORED
 
 
 def refuse_unlisted(error: OSError) -> None:
     raise InputError(f"The folder {error.filename} cannot be listed; allow reading it.") from error
 
 
-def read_regular(path: Path) -> bytes:
-    """The bytes of a regular file of at most `MAX_BYTES`; a pipe or a device is never waited for.
+def read_regular(path: Path, most: int = MAX_BYTES) -> bytes:
+    """The bytes of a regular file of at most so many; a pipe or a device is never waited for.
 
     Raises:
         InputError: it cannot be opened, is not a regular file, or is too large.
@@ -275,11 +302,11 @@ def read_regular(path: Path) -> bytes:
             os.close(handle)
             raise InputError("not a regular file")
         with open(handle, "rb") as file:
-            data = file.read(MAX_BYTES + 1)
+            data = file.read(most + 1)
     except InputError:
         raise
     except (OSError, ValueError) as error:
         raise InputError("the file cannot be opened") from error
-    if len(data) > MAX_BYTES:
-        raise InputError(f"the file is larger than {MAX_BYTES >> 20} MB")
+    if len(data) > most:
+        raise InputError(f"the file is larger than {most >> 20} MB")
     return data

@@ -3,92 +3,125 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
 from oms_core.errors import InputError
-from oms_core.layouts import Listed, role_of
+from oms_core.layouts import Listed, Rows, role_of
 
-IMAGE, CAPTION, LABEL = ("image", "img", "png", "jpg"), ("caption", "text"), ("label", "fine_label", "labels")
+IMAGE = ("image", "img", "png", "jpg")
+ROLE, LABEL, CAPTION = ("role", "member"), ("label", "fine_label", "labels"), ("caption", "text")
+GROUPS = 2  # row groups in memory: one with members, one with non-members
 CIFAR = {  # files in training order, bytes of labels before each picture
     "data_batch_1.bin": ([f"data_batch_{k}.bin" for k in range(1, 6)], 1),
     "train.bin": (["train.bin"], 2),
 }
 CIFAR_SHAPE = (3, 32, 32)
-PICKLED = "data_batch_1"  # CIFAR's Python version
-
-
-class Rows(NamedTuple):
-    """Pictures that are read by their number.
-
-    Attributes:
-        listed: what is said of each.
-        read: from a picture's number to its bytes.
-    """
-
-    listed: Iterable[Listed]
-    read: Callable[[int], bytes]
+PICKLED = ("data_batch_1", "train")  # files of the Python versions of CIFAR-10 and CIFAR-100
 
 
 def parquet(files: list[Path]) -> Rows:
     """Parquet files with a column of pictures, as bytes or as the hub's {bytes, path}.
 
-    Columns `role` or `member`, `label`, and `caption` or `text` are used where they are there. One row group
-    is in memory at a time.
+    Columns `role` or `member`, `label`, and `caption` or `text` are used where they are there. Two row groups
+    are in memory at a time.
 
     Raises:
         InputError: a file is damaged or has no column of pictures.
     """
-    try:
-        opened = [pq.ParquetFile(file, page_checksum_verification=True) for file in files]
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{files[0]} is no complete parquet file; copy it again.") from error
-    names = set(opened[0].schema_arrow.names)
-    column = next((name for name in IMAGE if name in names), None)
-    if column is None:
-        raise InputError(f"{files[0]} has no column of pictures; it needs one called {' or '.join(IMAGE)}.")
-    groups = [(file, group) for file in opened for group in range(file.num_row_groups)]
-    ends = np.cumsum([file.metadata.row_group(group).num_rows for file, group in groups])
-    kept: dict[int, Any] = {}
+    opened = [open_parquet(path) for path in files]
+    listed = [one for path, (file, _) in zip(files, opened, strict=True) for one in said_in(path, file)]
+    groups = [(file, column, group) for file, column in opened for group in range(file.num_row_groups)]
+    ends = np.cumsum([file.metadata.row_group(group).num_rows for file, _, group in groups])
+
+    @lru_cache(GROUPS)
+    def cells(place: int) -> Any:
+        file, column, group = groups[place]
+        return file.read_row_group(group, columns=[column]).column(0)
 
     def read(number: int) -> bytes:
         place = int(np.searchsorted(ends, number, side="right"))
-        if place not in kept:
-            kept.clear()
-            file, group = groups[place]
-            kept[place] = file.read_row_group(group, columns=[column]).column(0)
-        cell = kept[place][number - int(ends[place - 1] if place else 0)].as_py()
-        data = cell.get("bytes") if isinstance(cell, dict) else cell
-        if not isinstance(data, bytes):
-            raise InputError("the row holds no picture")
-        return data
+        try:
+            cell = cells(place)[number - int(ends[place])].as_py()  # counted from the end of its row group
+        except Exception as error:  # damage shows in many ways
+            raise InputError("the row is damaged") from error
+        return picture_in(cell)
 
-    return Rows(said_in(opened, names, files[0].stem), read)
+    return Rows(listed, read)
 
 
-def said_in(opened: list[pq.ParquetFile], names: set[str], stem: str) -> Iterable[Listed]:
-    """What the other columns say of each row."""
-    chosen = {
-        "role": next((name for name in ("role", "member") if name in names), None),
-        "label": next((name for name in LABEL if name in names), None),
-        "caption": next((name for name in CAPTION if name in names), None),
-    }
-    wanted = [name for name in chosen.values() if name]
-    number = 0
-    for file in opened:
-        for batch in file.iter_batches(columns=wanted):
-            cells = {key: batch.column(name).to_pylist() if name else None for key, name in chosen.items()}
-            for k in range(batch.num_rows):
-                said = {key: "" if column is None or column[k] is None else column[k] for key, column in cells.items()}
-                role = role_of(str(said["role"]), f"{stem}.parquet") if said["role"] != "" else ""
-                yield Listed(f"{stem}-{number:06d}", role, str(said["label"]), str(said["caption"]))
-                number += 1
+def open_parquet(path: Path) -> tuple[pq.ParquetFile, str]:
+    """A parquet file and the name of its column of pictures.
+
+    Raises:
+        InputError: it is damaged or has no such column.
+    """
+    try:
+        file = pq.ParquetFile(path, page_checksum_verification=True)
+        names = file.schema_arrow.names
+    except Exception as error:  # damage shows in many ways
+        raise InputError(f"{path} is no complete parquet file; copy it again.") from error
+    column = first(IMAGE, names)
+    if column is None:
+        raise InputError(f"{path} has no column of pictures; it needs one called {' or '.join(IMAGE)}.")
+    return file, column
+
+
+def said_in(path: Path, file: pq.ParquetFile) -> list[Listed]:
+    """What the other columns say of each row.
+
+    Raises:
+        InputError: they are damaged, or a role is unclear.
+    """
+    wanted = [name for name in file.schema_arrow.names if name in (*ROLE, *LABEL, *CAPTION)]
+    try:
+        cells = [row for batch in file.iter_batches(columns=wanted) for row in batch.to_pylist()]
+    except Exception as error:  # damage shows in many ways
+        raise InputError(f"{path} is no complete parquet file; copy it again.") from error
+    return said(path.stem, cells, str(path))
+
+
+def said(stem: str, cells: Iterable[dict[str, Any]], where: str) -> list[Listed]:
+    """What rows say of their pictures, in columns named as usual.
+
+    Raises:
+        InputError: a role is unclear.
+    """
+    listed = []
+    for number, row in enumerate(cells):
+        role, label, caption = (text_of(row.get(first(known, row))) for known in (ROLE, LABEL, CAPTION))
+        listed.append(Listed(f"{stem}-{number:06d}", role and role_of(role, where), label, caption))
+    return listed
+
+
+def first(known: Iterable[str], names: Iterable[str]) -> str | None:
+    """The first of the known names that is there."""
+    return next((name for name in known if name in names), None)
+
+
+def text_of(cell: Any) -> str:
+    """A cell as text; of a list, such as several captions, the first."""
+    if isinstance(cell, list):
+        cell = cell[0] if cell else None
+    return "" if cell is None else str(cell)
+
+
+def picture_in(cell: Any) -> bytes:
+    """The bytes of a picture in a cell.
+
+    Raises:
+        InputError: there are none.
+    """
+    data = cell.get("bytes") if isinstance(cell, dict) else cell
+    if not isinstance(data, bytes):
+        raise InputError("the row holds no picture")
+    return data
 
 
 def cifar(folder: Path) -> Rows:
@@ -101,22 +134,23 @@ def cifar(folder: Path) -> Rows:
     names, labels = CIFAR[first]
     length = labels + int(np.prod(CIFAR_SHAPE))
     for name in names:
-        if not (folder / name).is_file() or (folder / name).stat().st_size % length:
+        size = (folder / name).stat().st_size if (folder / name).is_file() else 0
+        if not size or size % length:
             raise InputError(f"{folder / name} is missing or not whole; unpack the archive again.")
     arrays = [np.memmap(folder / name, np.uint8, "r").reshape(-1, length) for name in names]
     ends = np.cumsum([len(array) for array in arrays])
 
     def row(number: int) -> np.ndarray:
         place = int(np.searchsorted(ends, number, side="right"))
-        return arrays[place][number - int(ends[place - 1] if place else 0)]
+        return arrays[place][number - int(ends[place])]  # counted from the end of its file
 
     def read(number: int) -> bytes:
         buffer = io.BytesIO()  # BMP: the same bytes everywhere
         Image.fromarray(row(number)[labels:].reshape(CIFAR_SHAPE).transpose(1, 2, 0)).save(buffer, "BMP")
         return buffer.getvalue()
 
-    said = (Listed(f"{folder.name}-{k:05d}", "", str(row(k)[labels - 1])) for k in range(int(ends[-1])))
-    return Rows(said, read)
+    listed = [Listed(f"{folder.name}-{k:05d}", "", str(row(k)[labels - 1])) for k in range(int(ends[-1]))]
+    return Rows(listed, read)
 
 
 def hub(name: str) -> Rows:
@@ -125,27 +159,31 @@ def hub(name: str) -> Rows:
     Raises:
         InputError: the library `datasets` is not installed, or the data set cannot be fetched or has no pictures.
     """
+    data, column = fetched(name)
+    wanted = [known for known in data.column_names if known in (*ROLE, *LABEL, *CAPTION)]
+    others = [known for known in data.column_names if known not in wanted]
+    cells = data.remove_columns(others) if wanted else [{}] * len(data)
+    listed = said(name.partition(":")[0].rpartition("/")[2], cells, f"hub:{name}")
+    return Rows(listed, lambda number: picture_in(data[number][column]))
+
+
+def fetched(name: str) -> tuple[Any, str]:
+    """A data set of the hub with its pictures as bytes, and the name of their column.
+
+    Raises:
+        InputError: see `hub`.
+    """
     try:
         import datasets
     except ImportError as error:
         raise InputError(f"To open hub:{name} install the library datasets: pip install datasets.") from error
-    owner_name, _, split = name.partition(":")
+    place, _, split = name.partition(":")
     try:
-        data = datasets.load_dataset(owner_name, split=split or "train")
+        data = datasets.load_dataset(place, split=split or "train")
+        column = first(IMAGE, data.column_names)
+        bare = column and data.cast_column(column, datasets.Image(decode=False))
     except Exception as error:  # the library raises many kinds
-        raise InputError(f"The data set {owner_name} cannot be fetched; check its name and the connection.") from error
-    column = next((column for column in IMAGE if column in data.column_names), None)
-    if column is None:
-        raise InputError(f"The data set {owner_name} has no column of pictures ({', '.join(IMAGE)}).")
-    data = data.cast_column(column, datasets.Image(decode=False))
-    label, caption = (next((c for c in known if c in data.column_names), None) for known in (LABEL, CAPTION))
-    said = data.remove_columns([c for c in data.column_names if c not in (label, caption)])
-    stem = owner_name.rpartition("/")[2]
-
-    def listed() -> Iterable[Listed]:
-        for number in range(len(data)):
-            cells = said[number] if label or caption else {}
-            texts = [str(cells.get(c, "")) if c else "" for c in (label, caption)]
-            yield Listed(f"{stem}-{number:06d}", "", *texts)
-
-    return Rows(listed(), lambda number: data[number][column]["bytes"])
+        raise InputError(f"The data set {place} cannot be fetched; check its name and the connection.") from error
+    if not column:
+        raise InputError(f"The data set {place} has no column of pictures ({', '.join(IMAGE)}).")
+    return bare, column
