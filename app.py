@@ -43,7 +43,7 @@ CARDS = (
         "A transformer",
         "pages/3_Attacks.py",
         ":material/hub:",
-        "The same digits, learned by a U-ViT in continuous time: the attacks do not notice the difference.",
+        "The same digits, learned by a U-ViT in continuous time. Does One More Step help there too?",
         {"model": "uvit-digits", "n": "2"},
     ),
     (

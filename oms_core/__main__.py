@@ -21,7 +21,7 @@ from oms_core.training.recipes import RECIPES
 
 EPILOG = """examples:
   python -m oms_core evaluate --model ddpm-digits                      every attack, with and without OMS
-  python -m oms_core evaluate --model ddpm-digits@300 --attack NA --t 200
+  python -m oms_core evaluate --model ddpm-digits@700 --attack NA --t 200
   python -m oms_core score --model FOLDER --images FOLDER --attack PIA --out scores.parquet
   python -m oms_core figure D1 --model ddpm-fashion --out roc.html
   python -m oms_core evaluate --model sd-fashion --captions blip       captions written by BLIP
@@ -60,8 +60,14 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = top.add_subparsers(required=True, metavar="COMMAND")
+    add_answers(commands)
+    add_tools(commands)
+    return top
 
-    listing = add(commands, "list", list_command, "what there is: models, images, attacks or figures")
+
+def add_answers(commands: Any) -> None:
+    """What is asked of models and pictures."""
+    listing = add(commands, "list", list_command, "what there is: models, images, attacks, figures or tables")
     listing.add_argument("what", choices=list(exhibits.LISTINGS))
     listing.add_argument("--json", action="store_true", help="print JSON")
 
@@ -81,6 +87,9 @@ def parser() -> argparse.ArgumentParser:
     tabling.add_argument("name", help=f"one of {', '.join(exhibits.TABLES)}")
     tabling.set_defaults(model="")  # every built-in model of the table's family
 
+
+def add_tools(commands: Any) -> None:
+    """What makes, checks and measures models and image sets."""
     training = add(commands, "train", train_command, "train a built-in model again, or check the shipped files")
     training.add_argument("name", nargs="?", help=f"one of {', '.join(RECIPES)}")
     training.add_argument("--check", action="store_true", help="compare every shipped file with its digest")
@@ -102,7 +111,6 @@ def parser() -> argparse.ArgumentParser:
     benching = add(commands, "bench", bench_command, "measure speed and model calls against bare forward passes")
     benching.add_argument("--model", default=Run.model, help="the model to measure with")
     benching.add_argument("--json", action="store_true", help="print JSON")
-    return top
 
 
 def add(

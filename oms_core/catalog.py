@@ -1,6 +1,6 @@
 """What models there are and what each is, read from files alone: nothing here imports torch.
 
-A model is named by a built-in name (``ddpm-digits``, or ``ddpm-digits@300`` for the weights after epoch 300),
+A model is named by a built-in name (``ddpm-digits``, or ``ddpm-digits@700`` for the weights after epoch 700),
 by ``ideal:SET`` for the closed-form memoriser of an image set's members, by a diffusers folder, or by the
 ``owner/name`` of a Hugging Face repository.
 """

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from oms_core.catalog import Model
     from oms_core.device import Placement
 
+STRICT = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
 PREDICTS = ("epsilon", "sample", "v_prediction")  # what makes sense where alpha^2 + sigma^2 = 1
 
 
@@ -134,11 +135,9 @@ def load_network(kind: type[ModelMixin], folder: Path, name: str, dtype: torch.d
         network, info = kind.from_pretrained(
             folder,
             variant=variant_of(folder),
-            use_safetensors=True,
-            local_files_only=True,
             low_cpu_mem_usage=False,
             torch_dtype=dtype,
-            output_loading_info=True,
+            **STRICT,
         )
     except Exception as error:  # diffusers raises many kinds for a config and weights that do not fit
         raise InputError(f"The weights of {name} do not fit its config.json: {reason(error)}") from error
@@ -153,10 +152,8 @@ def load_text_encoder(kind: type[PreTrainedModel], folder: Path, name: str, dtyp
         network, info = kind.from_pretrained(
             folder,
             variant=variant_of(folder),
-            use_safetensors=True,
-            local_files_only=True,
             dtype=dtype,
-            output_loading_info=True,
+            **STRICT,
         )
     except Exception as error:
         raise InputError(f"The {folder.name} of {name} does not fit its config.json: {reason(error)}") from error
