@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from oms_core.attacks import COMPARED
-from oms_core.compute import Progress, automatic_batch, compute, loaded, probe_of, search
+from oms_core.compute import Progress, automatic_batch, compute, loaded, probe_of
 from oms_core.denoiser import Denoiser
 from oms_core.device import place
 from oms_core.run import Plan, Run, plan
@@ -49,9 +49,9 @@ def row(name: str, value: float, target: float) -> dict[str, Any]:
 def calls_per_batch(planned: Plan, denoiser: Denoiser, batch: int) -> int:
     """How often the model is asked about a batch in one pass over all attacks."""
     images = planned.images.limit(batch)
-    probe = probe_of(denoiser, images, images.pixels(denoiser.profile), planned.run.seed)
+    probe = probe_of(denoiser, images, images.pixels(denoiser.profile), planned.run)
     for task in planned.tasks:
-        search(task, probe, STEPS)
+        task.attack.measure(probe, task.t, STEPS)
     return probe.calls
 
 

@@ -17,24 +17,14 @@ import numpy as np
 import pandas as pd
 
 from oms_core import cache, captions
-from oms_core.attacks import Probe
+from oms_core.attacks import Learned, Probe
 from oms_core.catalog import Model
 from oms_core.device import Placement, batch_size, fitting, place
 from oms_core.images import ImageSet
-from oms_core.run import (
-    NORMS,
-    Plan,
-    Run,
-    Task,
-    Trace,
-    columns,
-    lookup,
-    lookup_trace,
-    pairs,
-    plan,
-    trace_content,
-)
-from oms_core.search import Trajectory, fixed_point
+from oms_core.learned import learn
+from oms_core.run import Plan, Run, Task, Trace, lookup, lookup_trace, plan, task_of, trace_content
+from oms_core.schemes import SCHEMES
+from oms_core.search import fixed_point
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,15 +61,45 @@ def score(run: Run, tick: Tick | None = None) -> dict[str, pd.DataFrame]:
         tick: called after each batch; it may raise to stop, and what is finished is kept.
 
     Returns:
-        For each attack a row per picture with the columns of `columns(run.steps)`.
+        For each attack a row per picture with the columns that it names.
 
     Raises:
         InputError: see `plan` and `oms_core.families.load`.
     """
     planned = plan(run)
     known = lookup(planned)
-    missing = replace(planned, tasks=tuple(task for task in planned.tasks if task.attack.name not in known))
-    return known | (compute(missing, tick) if missing.tasks else {})
+    missing = [task for task in planned.tasks if task.attack.name not in known]
+    learned = [task for task in missing if isinstance(task.attack, Learned)]
+    wanted = {one.attack.name: one for one in missing if one not in learned}
+    wanted |= {one.attack.base.name: task_of(one.attack.base, planned) for one in learned}
+    signals = known | measured(replace(planned, tasks=tuple(wanted.values())), tick)
+    found = signals | {one.attack.name: judged(one, planned, signals, tick) for one in learned}
+    return {name: found[name] for name in dict.fromkeys(run.attacks)}
+
+
+def measured(planned: Plan, tick: Tick | None = None) -> dict[str, pd.DataFrame]:
+    """The signals of a plan without learned attacks, known ones from the cache."""
+    known = lookup(planned)
+    missing = tuple(task for task in planned.tasks if task.attack.name not in known)
+    return known | (compute(replace(planned, tasks=missing), tick) if missing else {})
+
+
+def judged(one: Task, planned: Plan, signals: dict[str, pd.DataFrame], tick: Tick | None) -> pd.DataFrame:
+    """The scores of a learned attack, fitted now and kept."""
+    base, run = one.attack.base, planned.run
+    auxiliary = pd.DataFrame()
+    if one.attack.auxiliary:
+        others = replace(planned, images=planned.auxiliary)
+        auxiliary = measured(replace(others, tasks=(task_of(base, others),)), tick)[base.name]
+    placement = place(run.device, run.dtype)
+    denoiser = loaded(planned.model, placement)
+    if tick:
+        tick(Progress(0, len(planned.images), {}, "fit"))
+    rows = learn(one, planned, signals[base.name], auxiliary, denoiser.coefficients)
+    entry = cache.Entry(one.key, cache.Variant(placement.device, placement.dtype, run.batch, run.steps), 1)
+    entry.write(0, rows)
+    entry.finish(one.content)
+    return rows
 
 
 @lru_cache(maxsize=2)
@@ -189,47 +209,39 @@ def signals_of(
     """Run every task on one batch."""
     import torch
 
-    with torch.inference_mode():
-        probe = probe_of(denoiser, group, pixels, run.seed)
-        return {task: signal(search(task, probe, run.steps), group) for task in tasks}
+    differentiated = any(task.attack.gradients for task in tasks)
+    with torch.no_grad() if differentiated else torch.inference_mode():
+        probe = probe_of(denoiser, group, pixels, run)
+        return {task: signal(task.attack.measure(probe, task.t, run.steps), group) for task in tasks}
 
 
-def probe_of(denoiser: Denoiser, group: ImageSet, pixels: np.ndarray, seed: int) -> Probe:
+def probe_of(denoiser: Denoiser, group: ImageSet, pixels: np.ndarray, run: Run) -> Probe:
     """A batch before the model; pictures beyond the group's length are padding."""
     padding = len(pixels) - len(group)
-    x_0 = denoiser.encode(pixels)
-    captions = [*group.table.caption, *[""] * padding]
-    return Probe(denoiser, x_0, denoiser.condition(captions), noise_like(x_0, [*group.table.image], seed))
+    x_0, images = denoiser.encode(pixels), [*group.table.image]
+    condition = denoiser.condition([*group.table.caption, *[""] * padding])
+    return Probe(denoiser, x_0, condition, lambda k: noise_like(x_0, images, run.seed, k), SCHEMES[run.scheme].advance)
 
 
-def noise_like(x_0: Tensor, images: list[str], seed: int) -> Tensor:
-    """One draw from N(0, I) per picture, decided by its identity and the seed alone; zeros for padding."""
+def noise_like(x_0: Tensor, images: list[str], seed: int, k: int = 0) -> Tensor:
+    """The k-th draw from N(0, I) of each picture, decided by its identity and the seed alone; zeros for padding."""
     import torch
 
-    noise = torch.zeros(x_0.shape)
+    noise, number = torch.zeros(x_0.shape), f" {k}" if k else ""
     for row, image in enumerate(images):
-        digest = hashlib.sha256(f"{image} {seed}".encode()).digest()
+        digest = hashlib.sha256(f"{image} {seed}{number}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
         noise[row] = torch.randn(x_0.shape[1:], generator=generator)
     return noise.to(x_0)
 
 
-def search(task: Task, probe: Probe, steps: int) -> Trajectory:
-    """The iterates eps^0 ... eps^N of a task."""
-    given, f = task.attack.search(probe, task.t)
-    return fixed_point(f, given, steps)
-
-
-def signal(trajectory: Trajectory, group: ImageSet) -> pd.DataFrame:
-    """Every distance of a batch, a row per picture."""
-    import torch
-
-    steps = len(trajectory.eps) - 1
-    distances = torch.stack([trajectory.distance(i, j, p) for p in NORMS for i, j in pairs(steps)], dim=1)
-    values = distances[: len(group)].cpu().numpy()  # (B, pairs x norms)
-    rows = pd.DataFrame(values, columns=columns(steps)[1:])
-    rows.insert(0, "image", group.table.image.to_numpy())
-    return rows
+def signal(columns: dict[str, Tensor], group: ImageSet) -> pd.DataFrame:
+    """What was measured on a batch, a row per picture; many numbers in one column are kept as bytes."""
+    rows = {"image": group.table.image.to_numpy()}
+    for name, values in columns.items():
+        found = values[: len(group)].float().cpu().numpy()
+        rows[name] = found if found.ndim == 1 else [numbers.tobytes() for numbers in found]
+    return pd.DataFrame(rows)
 
 
 def trace(run: Run, image: str) -> Trace:
@@ -263,8 +275,10 @@ def compute_trace(planned: Plan, image: str) -> Trace:
     group = replace(planned.images, table=planned.images.table[planned.images.table.image == image])
     group = captioned(replace(planned, images=group), placement)
     with torch.inference_mode():
-        probe = probe_of(denoiser, group, group.pixels(denoiser.profile), run.seed)
-        eps = torch.cat(search(task, probe, run.steps).eps).float().cpu().numpy()  # (N + 1, C, H, W)
+        probe = probe_of(denoiser, group, group.pixels(denoiser.profile), run)
+        given, f = task.attack.search(probe, task.t)
+        iterates = fixed_point(f, given, run.steps, probe.scheme).eps
+        eps = torch.cat(iterates).float().cpu().numpy()  # (N + 1, C, H, W)
         alpha, sigma = denoiser.coefficients(task.t + task.attack.reach)
         found = Trace(probe.x_0[0].float().cpu().numpy(), eps, alpha, sigma)
         if planned.model.latent:

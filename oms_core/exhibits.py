@@ -10,10 +10,11 @@ import pandas as pd
 
 from oms_core import catalog, figures, metrics, paper
 from oms_core.attacks import ATTACKS, COMPARED
+from oms_core.attacks.base import column
 from oms_core.compute import Tick, score
 from oms_core.errors import InputError
 from oms_core.figures import Chart
-from oms_core.run import Plan, Run, calls, column, errors, plan, residuals, scores
+from oms_core.run import Plan, Run, calls, errors, plan, residuals, scores
 
 PAIRS = ((0, 1), (0, 2), (0, 3), (1, 2), (2, 3))  # Fig. 3
 FALSE_ALARMS = 0.05  # the rate at which Figures F.1a and F.1b compare
@@ -237,7 +238,7 @@ def list_images() -> list[dict[str, Any]]:
 
 def list_attacks() -> list[dict[str, Any]]:
     return [
-        {"name": a.name, "title": a.title, "t": a.t, "p": a.p, "calls": a.calls(a.t), "source": a.source}
+        {"name": a.name, "title": a.title, "t": a.t, "calls": a.calls(a.t), "access": a.access, "source": a.source}
         for a in ATTACKS.values()
     ]
 

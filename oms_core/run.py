@@ -14,15 +14,15 @@ import numpy as np
 import pandas as pd
 
 from oms_core import cache, captions, catalog
-from oms_core.attacks import ATTACKS, COMPARED, Attack
+from oms_core.attacks import ATTACKS, COMPARED, Attack, Learned
+from oms_core.attacks.base import MAX_STEPS, NORMS, column
 from oms_core.catalog import Model
 from oms_core.device import DEVICES, DTYPES
 from oms_core.errors import InputError
 from oms_core.images import ImageSet, open_images
+from oms_core.schemes import SCHEMES
 
 FORMULA = 1  # raised when a change of the code changes a number
-NORMS = (2, 4)
-MAX_STEPS = 20
 MAX_BATCH = 4096
 SEEN = ("seen_x_t", "seen_x_0")  # columns of a trace of latents
 
@@ -42,6 +42,7 @@ class Run:
     t: int | None = setting(None, "timestep; by default the model card's or the paper's for each attack", 0)
     steps: int = setting(3, "N, how far the search goes; n = 1 is the published attack, n = 2 is +OMS", 1, MAX_STEPS)
     seed: int = setting(0, "seed of the drawn noise; each picture has its own", 0, 2**31 - 1)
+    scheme: str = setting("picard", f"how the search goes on: {', '.join(SCHEMES)}")
     captions: str = setting(
         "given", "for a model that takes them: given (with the pictures), blip, none, or text:WORDS for all"
     )
@@ -67,12 +68,17 @@ class Task:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run with its names resolved: the model, the pictures, and a task per attack."""
+    """A run with its names resolved: the model, the pictures, and a task per attack.
+
+    Attributes:
+        auxiliary: pictures known not to be members, for the attacks that learn from such; perhaps none.
+    """
 
     run: Run
     model: Model
     images: ImageSet
     tasks: tuple[Task, ...]
+    auxiliary: ImageSet
 
 
 def plan(run: Run) -> Plan:
@@ -86,15 +92,18 @@ def plan(run: Run) -> Plan:
     name = run.images or model.images
     if not name:
         raise InputError(f"{run.model} brings no pictures of its own; name an image set with --images.")
-    images = open_images(name).with_role("member", "nonmember").limit(run.limit).mixed()
+    everything = open_images(name)
+    images = everything.with_role("member", "nonmember").limit(run.limit).mixed()
     if not len(images):
         raise InputError(
             f"{name} says of no picture whether it is a member, so there is nothing to compare; sort them into member/ "
             "and nonmember/, add metadata.csv, or name SPLIT.npz@SET or member=SET,nonmember=SET."
         )
+    auxiliary = everything.with_role("auxiliary")
     if model.captioned:
-        images = with_captions(images, run)
-    return Plan(run, model, images, tuple(task(attack, run, model, images) for attack in attacks_of(run)))
+        images, auxiliary = with_captions(images, run), with_captions(auxiliary, run)
+    planned = Plan(run, model, images, (), auxiliary)
+    return replace(planned, tasks=tuple(task_of(attack, planned) for attack in attacks_of(run)))
 
 
 def with_captions(images: ImageSet, run: Run) -> ImageSet:
@@ -104,7 +113,7 @@ def with_captions(images: ImageSet, run: Run) -> ImageSet:
         InputError: an unknown kind of captions, or none are given.
     """
     if run.captions == "given":
-        if images.table.caption.eq("").all():
+        if len(images) and images.table.caption.eq("").all():
             raise InputError(
                 f"{images.name} has no captions, which {run.model} needs; use --captions blip to have them written, "
                 "--captions text:WORDS for one of your own, or --captions none."
@@ -140,6 +149,8 @@ def attacks_of(run: Run) -> list[Attack]:
     """The attacks that a run names."""
     if not run.attacks:
         raise InputError(f"No attack is named; choose among {', '.join(ATTACKS)}.")
+    if run.scheme not in SCHEMES:
+        raise InputError(f"There is no scheme {run.scheme!r}; known are {', '.join(SCHEMES)}.")
     for name in run.attacks:
         if name not in ATTACKS:
             raise InputError(f"There is no attack {name!r}; known are {', '.join(ATTACKS)}, or all.")
@@ -149,7 +160,7 @@ def attacks_of(run: Run) -> list[Attack]:
 def timestep(attack: Attack, run: Run, model: Model) -> int:
     """The timestep asked for, else the one on the model's card, else the paper's."""
     shown = model.card["recipe"]["timesteps"] if model.card else {}
-    t = run.t if run.t is not None else shown.get(attack.name, attack.t)
+    t = run.t if run.t is not None and attack.timed else shown.get(attack.shown_as or attack.name, attack.t)
     if t + attack.reach >= model.timesteps:
         highest = model.timesteps - 1 - attack.reach
         if highest < 0:
@@ -158,9 +169,18 @@ def timestep(attack: Attack, run: Run, model: Model) -> int:
     return t
 
 
-def task(attack: Attack, run: Run, model: Model, images: ImageSet) -> Task:
-    """The task of one attack, keyed by content: never by a name or a shape."""
+def task_of(attack: Attack, planned: Plan) -> Task:
+    """The task of one attack on a plan's pictures, keyed by content: never by a name or a shape.
+
+    Raises:
+        InputError: the attack does not fit the model or the pictures.
+    """
+    run, model, images = planned.run, planned.model, planned.images
+    if attack.captioned and not model.captioned:
+        raise InputError(f"{attack.name} needs a model that takes captions, and {model.name} takes none.")
     t = timestep(attack, run, model)
+    if isinstance(attack, Learned):
+        return Task(attack, t, learned_content(attack, planned))
     content = {
         "formula": FORMULA,
         "model": model.fingerprint,
@@ -171,9 +191,28 @@ def task(attack: Attack, run: Run, model: Model, images: ImageSet) -> Task:
         "seed": run.seed,
         "norms": list(NORMS),
     }
+    if run.scheme != "picard":
+        content["scheme"] = run.scheme
     if model.captioned:
         content["captions"] = caption_content(run, images.table.caption)
     return Task(attack, t, content)
+
+
+def learned_content(attack: Learned, planned: Plan) -> dict[str, Any]:
+    """What decides the scores of a learned attack: the signals that it reads, and its own version.
+
+    Raises:
+        InputError: it learns from auxiliary pictures and the set has none.
+    """
+    content = {"learned": attack.name, "version": attack.version, "base": task_of(attack.base, planned).content}
+    if not attack.auxiliary:
+        return content
+    if not len(planned.auxiliary):
+        raise InputError(
+            f"{attack.name} learns from pictures that are known not to be members and are not judged; "
+            f"{planned.images.name} has none of the role auxiliary."
+        )
+    return content | {"auxiliary": task_of(attack.base, replace(planned, images=planned.auxiliary)).content}
 
 
 def lookup(plan: Plan) -> dict[str, pd.DataFrame]:
@@ -184,7 +223,7 @@ def lookup(plan: Plan) -> dict[str, pd.DataFrame]:
             if fits(variant, plan.run):
                 rows = cache.read_finished(folder, task.key)
                 if rows is not None:
-                    known[task.attack.name] = rows[columns(plan.run.steps)]
+                    known[task.attack.name] = rows[["image", *task.attack.columns(plan.run.steps)]]
                     break
     return known
 
@@ -195,28 +234,13 @@ def fits(variant: cache.Variant, run: Run) -> bool:
     return variant.steps >= run.steps and all(not wanted or wanted == kept for wanted, kept in asked)
 
 
-def column(i: int, j: int, p: float) -> str:
-    """The name under which d(i, j) in the norm p is kept."""
-    return f"d({i},{j}) p={p}"
-
-
-def columns(steps: int) -> list[str]:
-    """The columns of a signal: the picture's identity and every d(i, j) up to N = steps."""
-    return ["image", *(column(i, j, p) for p in NORMS for i, j in pairs(steps))]
-
-
-def pairs(steps: int) -> list[tuple[int, int]]:
-    """Every (i, j) with 0 <= i < j <= steps."""
-    return [(i, j) for j in range(1, steps + 1) for i in range(j)]
-
-
 def scores(planned: Plan, signals: dict[str, pd.DataFrame]) -> pd.DataFrame:
     """The score table: image, member, attack, t, n, score; larger = more likely a member, everywhere."""
     member = planned.images.table.set_index("image").role.eq("member")
     frames = []
     for task in planned.tasks:
         rows = signals[task.attack.name]
-        for n in range(1, planned.run.steps + 1):
+        for n in steps_of(task.attack, planned.run):
             frames.append(
                 pd.DataFrame(
                     {
@@ -225,17 +249,26 @@ def scores(planned: Plan, signals: dict[str, pd.DataFrame]) -> pd.DataFrame:
                         "attack": task.attack.name,
                         "t": task.t,
                         "n": n,
-                        "score": -rows[column(0, n, task.attack.p)],
+                        "score": task.attack.score(rows, n),
                     }
                 )
             )
     return pd.concat(frames, ignore_index=True)
 
 
+def steps_of(attack: Attack, run: Run) -> range:
+    """n = 1, 2, ... as far as a run goes and an attack allows."""
+    return range(1, min(run.steps, attack.most) + 1)
+
+
 def calls(planned: Plan) -> dict[tuple[str, int], int]:
     """Model calls per picture of each attack run alone, by attack and n."""
-    steps = range(1, planned.run.steps + 1)
-    return {(task.attack.name, n): task.attack.calls(task.t) + n - 1 for task in planned.tasks for n in steps}
+    more = SCHEMES[planned.run.scheme].calls
+    return {
+        (task.attack.name, n): task.attack.calls_at(task.t, 1 + more * (n - 1))
+        for task in planned.tasks
+        for n in steps_of(task.attack, planned.run)
+    }
 
 
 def residuals(planned: Plan, rows: pd.DataFrame) -> pd.DataFrame:

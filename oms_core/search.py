@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Map = Callable[["Tensor"], "Tensor"]
+Advance = Callable[[list["Tensor"]], "Tensor"]  # from the iterates so far to the next one
+Scheme = Callable[[Map], Advance]
 
 
 def diffuse(x_0: Tensor, eps: Tensor, alpha_t: float, sigma_t: float) -> Tensor:
@@ -31,11 +33,16 @@ def predicted_x_0(x_t: Tensor, eps: Tensor, alpha_t: float, sigma_t: float) -> T
     return (x_t - sigma_t * eps) / alpha_t
 
 
-def fixed_point(f: Map, given: Iterable[Tensor], n: int) -> Trajectory:
-    """Iterate eps^n = f(eps^(n-1)) (Eq. 7) from the given iterates up to eps^n."""
-    eps = list(given)
+def picard(f: Map) -> Advance:
+    """eps^n = f(eps^(n-1)) (Eq. 7)."""
+    return lambda eps: f(eps[-1])
+
+
+def fixed_point(f: Map, given: Iterable[Tensor], n: int, scheme: Scheme = picard) -> Trajectory:
+    """Go on from the given iterates up to eps^n, by plain iteration (Eq. 7) unless another scheme is named."""
+    eps, advance = list(given), scheme(f)
     while len(eps) <= n:
-        eps.append(f(eps[-1]))
+        eps.append(advance(eps))
     return Trajectory(tuple(eps))
 
 

@@ -7,7 +7,7 @@ import pandas as pd
 import streamlit as st
 
 from oms_core import figures
-from oms_core.attacks import ATTACKS
+from oms_core.attacks import SEARCHES
 from oms_core.compute import compute_trace
 from oms_core.errors import InputError
 from oms_core.run import Plan, Trace, lookup_trace, residuals
@@ -63,7 +63,7 @@ def controls(planned: Plan, context: Context) -> bool:
     """The search's settings and the game; whether the labels are hidden."""
     left, middle, right = st.columns([2, 1, 1], vertical_alignment="bottom")
     with left:
-        control(st.selectbox, "Search", "attack", options=list(ATTACKS), format_func=lambda name: ATTACKS[name].title)
+        control(st.selectbox, "Search", "attack", options=list(SEARCHES), format_func=lambda name: SEARCHES[name].title)
     middle.button("New pair", on_click=new_pair, args=(planned,), width="stretch", help="A member and a non-member.")
     game = right.toggle("Hide who is who", key="game", help="Let the class vote first, then reveal.")
     return game and not st.session_state.get("revealed", False)

@@ -5,7 +5,7 @@ import pandas as pd
 import streamlit as st
 
 from oms_core import figures, metrics
-from oms_core.attacks import ATTACKS
+from oms_core.attacks import SEARCHES
 from oms_core.exhibits import LAST
 from oms_core.run import Plan, errors, residuals
 from pages.common.context import Context, control, including, update
@@ -20,7 +20,7 @@ def controls() -> None:
     """What to compute."""
     left, middle, right = st.columns(3)
     with left:
-        control(st.selectbox, "Search", "attack", options=list(ATTACKS), format_func=lambda name: ATTACKS[name].title)
+        control(st.selectbox, "Search", "attack", options=list(SEARCHES), format_func=lambda name: SEARCHES[name].title)
     with middle:
         timestep()
     with right:

@@ -7,8 +7,9 @@ import streamlit as st
 
 from oms_core import figures, metrics
 from oms_core.attacks import ATTACKS, COMPARED
+from oms_core.attacks.base import column
 from oms_core.exhibits import curves, members
-from oms_core.run import Plan, calls, column, scores
+from oms_core.run import Plan, calls, scores
 from pages.common.context import RATES, Context, control, update
 from pages.common.shell import begin, guarded, show, signals, timestep
 

@@ -1,11 +1,20 @@
 """The attacks, by name. A new one is a file here and a line below."""
 
-from oms_core.attacks.base import Attack, Probe
+from oms_core.attacks.base import Attack, Learned, Probe, Search
+from oms_core.attacks.clid import CLID
 from oms_core.attacks.naive import NA
 from oms_core.attacks.pia import PIA, PIAN
+from oms_core.attacks.repeated import NA_REPEATED, PIA_REPEATED, PIAN_REPEATED, SECMI_REPEATED
 from oms_core.attacks.secmi import SECMI, SECMI_RELEASED, SECMI_X_T
+from oms_core.attacks.sima import SIMA
 
-ATTACKS = {attack.name: attack for attack in (NA, PIA, PIAN, SECMI, SECMI_X_T, SECMI_RELEASED)}
+ALL = (
+    *(NA, PIA, PIAN, SECMI, SECMI_X_T, SECMI_RELEASED, SIMA, CLID),
+    *(NA_REPEATED, PIA_REPEATED, PIAN_REPEATED, SECMI_REPEATED),
+)
+ATTACKS = {attack.name: attack for attack in ALL}
+SEARCHES = {name: attack for name, attack in ATTACKS.items() if isinstance(attack, Search)}
 COMPARED = ("NA", "PIA", "PIAN", "SecMI", "SecMI-xt")  # what `all` means
+RIVALS = {name: f"{name}-repeated" for name in ("NA", "PIA", "PIAN", "SecMI")}  # the same budget without OMS
 
-__all__ = ["ATTACKS", "COMPARED", "Attack", "Probe"]
+__all__ = ["ATTACKS", "COMPARED", "RIVALS", "SEARCHES", "Attack", "Learned", "Probe", "Search"]

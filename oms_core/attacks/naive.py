@@ -1,8 +1,8 @@
 """The naive attack: a drawn noise as start."""
 
-from oms_core.attacks.base import Attack
+from oms_core.attacks.base import Search
 
-NA = Attack(
+NA = Search(
     name="NA",
     title="Naive attack",
     search=lambda probe, t: ((probe.noise,), probe.map(t)),

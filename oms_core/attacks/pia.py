@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from oms_core.attacks.base import Attack
+from oms_core.attacks.base import Search
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,7 +17,7 @@ def normalised(eps: Tensor) -> Tensor:
     return eps / eps.abs().mean(dim=dims, keepdim=True) * math.sqrt(2 / math.pi)
 
 
-PIA = Attack(
+PIA = Search(
     name="PIA",
     title="Proximal initialisation attack",
     search=lambda probe, t: ((probe.eps_of_x_0,), probe.map(t)),
@@ -27,7 +27,7 @@ PIA = Attack(
     source="Kong et al. (2023); Eq. E.4, E.5",
 )
 
-PIAN = Attack(
+PIAN = Search(
     name="PIAN",
     title="Proximal initialisation attack, normalised",
     search=lambda probe, t: ((normalised(probe.eps_of_x_0),), probe.map(t)),

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from oms_core import ddim
-from oms_core.attacks.base import SECMI_STRIDE, Attack, Probe
+from oms_core.attacks.base import SECMI_STRIDE, Probe, Search
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +36,7 @@ def calls(t: int) -> int:
     return len(ddim.stops(t)) + 1
 
 
-SECMI = Attack(
+SECMI = Search(
     name="SecMI",
     title="SecMI, anchored at x_0",
     search=anchored_at_x_0,
@@ -47,7 +47,7 @@ SECMI = Attack(
     source="Duan et al. (2023); Eq. E.6-E.8",
 )
 
-SECMI_X_T = Attack(
+SECMI_X_T = Search(
     name="SecMI-xt",
     title="SecMI, anchored at x_t",
     search=anchored_at_x_t,
@@ -58,7 +58,7 @@ SECMI_X_T = Attack(
     source="Duan et al. (2023); Eq. E.6-E.8, the second reading",
 )
 
-SECMI_RELEASED = Attack(
+SECMI_RELEASED = Search(
     name="SecMI-released",
     title="SecMI (as released)",
     search=anchored_at_x_0,
