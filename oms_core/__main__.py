@@ -16,6 +16,7 @@ from oms_core import exhibits
 from oms_core.attacks import COMPARED
 from oms_core.errors import InputError
 from oms_core.images import inspection, open_images
+from oms_core.people import beside_the_paper, readable
 from oms_core.run import Run, plan, scores
 from oms_core.training.recipes import RECIPES
 
@@ -86,6 +87,10 @@ def add_answers(commands: Any) -> None:
     tabling = add(commands, "table", table_command, "a table of the paper, its figures beside the measured", run=True)
     tabling.add_argument("name", help=f"one of {', '.join(exhibits.TABLES)}")
     tabling.set_defaults(model="")  # every built-in model of the table's family
+
+    reporting = add(commands, "report", report_command, "every figure and table as one HTML file", run=True)
+    reporting.add_argument("--out", type=Path, required=True, help="the folder to write report.html into")
+    reporting.set_defaults(model="")
 
 
 def add_tools(commands: Any) -> None:
@@ -255,13 +260,13 @@ def table_command(options: argparse.Namespace) -> None:
     if options.json:
         print_json(rows)
     else:
-        print_table([row | papers(row) for row in readable(rows)])
+        print_table(beside_the_paper(options.name, rows))
 
 
-def papers(row: dict[str, Any]) -> dict[str, str]:
-    """The paper's AUCs in one cell."""
-    found = row.pop("paper", None) or {}
-    return {"paper's AUC": ", ".join(f"{name} {100 * figures['auc']:.1f}" for name, figures in found.items())}
+def report_command(options: argparse.Namespace) -> None:
+    from oms_core.report import write_report
+
+    print(f"written to {write_report(options.out, run_of(options), Bar())}")
 
 
 def train_command(options: argparse.Namespace) -> None:
@@ -320,35 +325,6 @@ def bench_command(options: argparse.Namespace) -> None:
         print_json(rows)
     else:
         print_table(rows)
-
-
-def readable(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rates in per cent with their intervals, for people."""
-    return [
-        {
-            "model": row["model"],
-            "attack": row["attack"],
-            "t": row["t"],
-            "n": row["n"],
-            "calls": row["calls"],
-            "AUC %": with_interval(row, "auc"),
-            "gain": with_interval(row, "gain", "+.1f"),
-            "ASR %": f"{100 * row['asr']:.1f} ± {100 * row['asr_sd']:.1f}",
-            "TPR@5%": with_interval(row, "tpr5"),
-            "TPR@1%": with_interval(row, "tpr1"),
-            "TPR@0.1%": with_interval(row, "tpr01"),
-            "note": row["note"],
-        }
-        | ({"paper": row["paper"]} if "paper" in row else {})
-        for row in rows
-    ]
-
-
-def with_interval(row: dict[str, Any], name: str, form: str = ".1f") -> str:
-    if row[name] is None:
-        return "-"
-    value, low, high = (100 * row[key] for key in (name, f"{name}_lo", f"{name}_hi"))
-    return f"{value:{form}} [{low:{form}}, {high:{form}}]"
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:

@@ -77,6 +77,18 @@ def score(run: Run, tick: Tick | None = None) -> dict[str, pd.DataFrame]:
     return {name: found[name] for name in dict.fromkeys(run.attacks)}
 
 
+def score_each(runs: list[Run], tick: Tick | None = None) -> list[dict[str, pd.DataFrame]]:
+    """Every distance of several runs, with one progress over all of them."""
+    sizes, found = [len(plan(run).images) for run in runs], []
+    for number, run in enumerate(runs):
+        before = sum(sizes[:number])
+        told = (
+            None if tick is None else lambda p, before=before: tick(Progress(before + p.done, sum(sizes), {}, p.stage))
+        )
+        found.append(score(run, told))
+    return found
+
+
 def measured(planned: Plan, tick: Tick | None = None) -> dict[str, pd.DataFrame]:
     """The signals of a plan without learned attacks, known ones from the cache."""
     known = lookup(planned)

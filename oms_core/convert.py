@@ -1,12 +1,15 @@
 """Research checkpoints as diffusers folders: ``python -m oms_core convert FILE --to FOLDER``.
 
-Two layouts are read, told apart by their tensors:
+Three layouts are read, told apart by their tensors:
 
 - the UNet of the pytorch-ddpm family, which SecMI, PIA and later work train: a dict with `ema_model` (or only
   `net_model`) and `x_T`. It becomes a `DDPMPipeline` with the same outputs.
 - U-ViT's bare state dict. It becomes a folder of this program's `UVit`, which has the same tensors.
+- Stable Diffusion 1.x and 2.x in one file, as first published: `model.diffusion_model`, `first_stage_model` and
+  `cond_stage_model`. It becomes a `StableDiffusionPipeline`, with the configs and the tokenizer of another one.
 
-A file is opened with ``weights_only=True``: tensors and plain containers come out of it, code never runs.
+A file is safetensors or opened with ``weights_only=True``: tensors and plain containers come out of it, code never
+runs.
 """
 
 from __future__ import annotations
@@ -17,13 +20,34 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, ModelMixin, UNet2DModel
+import transformers
+from diffusers import (
+    AutoencoderKL,
+    DDPMPipeline,
+    DDPMScheduler,
+    ModelMixin,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
+from diffusers.loaders.single_file_utils import (
+    convert_ldm_clip_checkpoint,
+    convert_ldm_unet_checkpoint,
+    convert_ldm_vae_checkpoint,
+    convert_open_clip_checkpoint,
+    is_open_clip_model,
+)
+from safetensors.torch import load_file
 from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTrainedModel
 
 from oms_core.errors import InputError
-from oms_core.families.base import reason
+from oms_core.families.base import load_tokenizer, reason, scheduler_of
 from oms_core.families.uvit import UVit
+from oms_core.files import read_json
+from oms_core.folders import check_depth, check_parts, check_settings, kind_of, profile_of, schedule_of
 
 State = dict[str, Tensor]
 LINEAR = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
@@ -36,38 +60,50 @@ RESNET = {
     "block2.3": "conv2",
     "shortcut": "conv_shortcut",
 }
+ORIGINAL = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.")  # UNet, autoencoder, text encoder
 ATTENTION = {"group_norm": "group_norm", "proj_q": "to_q", "proj_k": "to_k", "proj_v": "to_v", "proj": "to_out.0"}
 
 
-def convert(file: Path, to: Path) -> str:
+def convert(file: Path, to: Path, config: Path | None = None) -> str:
     """Write a checkpoint as a diffusers folder; what it was is returned in a few words.
 
     Args:
         file: the checkpoint.
         to: the folder to make; it must not exist.
+        config: for Stable Diffusion in one file, a diffusers folder of the same kind of model, with or without weights.
 
     Raises:
-        InputError: the file cannot be read, holds more than tensors, or is of no known layout; or `to` exists.
+        InputError: the file cannot be read, holds more than tensors, is of no known layout, or does not fit `config`;
+            or `to` exists.
     """
     if to.exists():
         raise InputError(f"{to} exists already; name a folder that does not.")
-    content = read(file)
-    if "pos_embed" in content:
-        words, made = "a U-ViT", uvit(content, file)
-        network = made
-    elif state := averaged(content):
-        words, made = "a DDPM of the pytorch-ddpm family", research_ddpm(state, content.get("x_T"), file)
-        network = made.unet
-    else:
-        raise InputError(
-            f"{file} has neither ema_model nor net_model (pytorch-ddpm) nor pos_embed (U-ViT); its layout is unknown."
-        )
+    words, network, made = converted(read(file), file, config)
+    transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory(dir=to.parent if to.parent.is_dir() else None) as work:
         folder = Path(work) / "model"
         made.save_pretrained(folder)
         to.parent.mkdir(parents=True, exist_ok=True)
         shutil.move(folder, to)
-    return f"{words}, {network.num_parameters():,} parameters, {network.config.sample_size} pixels"
+    size = np.ravel(network.config.sample_size) * getattr(made, "vae_scale_factor", 1)
+    return f"{words}, {network.num_parameters():,} parameters, {' x '.join(map(str, size))} pixels"
+
+
+def converted(content: dict[str, Any], file: Path, config: Path | None) -> tuple[str, ModelMixin, Any]:
+    """What a checkpoint is, its denoising network, and what that is to be saved in."""
+    if "pos_embed" in content:
+        network = uvit(content, file)
+        return "a U-ViT", network, network
+    if all(any(str(key).startswith(part) for key in content) for part in ORIGINAL):
+        pipeline = stable_diffusion(content, file, config)
+        return "a Stable Diffusion in one file", pipeline.unet, pipeline
+    if state := averaged(content):
+        pipeline = research_ddpm(state, content.get("x_T"), file)
+        return "a DDPM of the pytorch-ddpm family", pipeline.unet, pipeline
+    raise InputError(
+        f"{file} has neither ema_model nor net_model (pytorch-ddpm), nor pos_embed (U-ViT), nor all of "
+        f"{', '.join(part[:-1] for part in ORIGINAL)} (Stable Diffusion 1.x and 2.x); its layout is unknown."
+    )
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -79,6 +115,8 @@ def read(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise InputError(f"There is no file {file}; name a checkpoint.")
     try:
+        if file.suffix.lower() == ".safetensors":
+            return load_file(file)
         content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling fails in many ways
         if "weights_only" in str(error) or "Unsupported" in str(error):
@@ -97,18 +135,18 @@ def averaged(content: dict[str, Any]) -> State:
     return {str(key).removeprefix("module."): value for key, value in states[0].items()} if states else {}
 
 
-def filled(network: ModelMixin, state: State, file: Path) -> Any:
-    """A network with exactly these weights.
+def filled(network: ModelMixin | PreTrainedModel, state: State, file: Path, layout: str = "its layout") -> Any:
+    """A network with exactly these weights; one that has no memory of its own (meta) takes the tensors themselves.
 
     Raises:
         InputError: a tensor is missing, left over, of another shape, or not finite.
     """
     try:
-        network.load_state_dict(state, strict=True)
+        network.load_state_dict(state, strict=True, assign=network.device.type == "meta")
     except RuntimeError as error:
-        raise InputError(f"The tensors of {file} do not fit its layout: {reason(error)}") from error
+        raise InputError(f"The tensors of {file} do not fit {layout}: {reason(error)}") from error
     for key, value in state.items():
-        if not value.isfinite().all():
+        if not value.float().isfinite().all():
             raise InputError(f"The weights in {file} are not finite ({key}); the file is damaged or diverged.")
     return network.eval()
 
@@ -229,3 +267,111 @@ def block(state: State, old: str, prefix: str, number: str) -> State:
         else:
             found[f"{prefix}.resnets.{number}.{RESNET.get(part, part)}.{name}"] = value
     return found
+
+
+def stable_diffusion(state: State, file: Path, config: Path | None) -> StableDiffusionPipeline:
+    """Stable Diffusion 1.x or 2.x in the layout in which it was first published.
+
+    Args:
+        state: its tensors.
+        file: the checkpoint, which has neither configs nor a tokenizer.
+        config: a diffusers folder that has them.
+    """
+    if config is None:
+        raise InputError(
+            f"{file} is a Stable Diffusion in one file, which has no configs and no tokenizer; name a diffusers folder "
+            "of the same kind of model with --config (its weights are not needed)."
+        )
+    parts, schedule = settings(config, len(state))
+    unet, vae, text = networks(state, file, parts, config)
+    return StableDiffusionPipeline(
+        unet=unet,
+        vae=vae,
+        text_encoder=text,
+        tokenizer=tokenizer_for(text, parts["tokenizer"], config),
+        scheduler=scheduler_of(schedule),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def networks(state: State, file: Path, parts: dict[str, Path], config: Path) -> list[Any]:
+    """The UNet, the autoencoder and the text encoder that the configs describe, with exactly the file's weights."""
+    layout = f"the configs in {config}"
+    try:
+        unet, vae, text = empty = unfilled(parts)
+        tensors = [unet_tensors(state, unet), convert_ldm_vae_checkpoint(state, vae.config), text_tensors(state, text)]
+    except Exception as error:  # the libraries raise many kinds for configs and tensors that are not as they should be
+        raise InputError(f"The tensors of {file} do not fit {layout}: {reason(error)}") from error
+    return [filled(network, its, file, layout) for network, its in zip(empty, tensors, strict=True)]
+
+
+def tokenizer_for(text: CLIPTextModel, folder: Path, config: Path) -> CLIPTokenizer:
+    """The tokenizer, which must have a word for each that the text encoder knows.
+
+    Raises:
+        InputError: it has not; a folder without vocabulary reads as a tokenizer of two words.
+    """
+    tokenizer = load_tokenizer(CLIPTokenizer, folder, str(config))
+    if len(tokenizer) != text.config.vocab_size:
+        raise InputError(
+            f"The tokenizer in {config} has {len(tokenizer):,} words, its text encoder {text.config.vocab_size:,}; "
+            "restore the original files."
+        )
+    return tokenizer
+
+
+def settings(config: Path, tensors: int) -> tuple[dict[str, Path], dict[str, Any]]:
+    """The parts of a diffusers folder of Stable Diffusion, with or without weights, and its scheduler's config.
+
+    Raises:
+        InputError: it is no such folder, or asks for more layers than there are tensors.
+    """
+    if not (config / "model_index.json").is_file():
+        raise InputError(f"{config} has no model_index.json; name a diffusers folder of the same kind of model.")
+    path = config / "unet" / "config.json"
+    unet = read_json(path)
+    kind = kind_of(unet, path)
+    if kind != "UNet2DConditionModel":
+        raise InputError(f"{path} describes a {kind}; name a folder of Stable Diffusion.")
+    parts = {"network": path.parent} | check_parts(read_json(config / "model_index.json"), kind, config)
+    check_settings(unet, kind, path)
+    for name in ("network", "vae", "text_encoder"):
+        check_depth(parts[name] / "config.json", tensors)
+    profile_of(unet, parts)
+    return parts, schedule_of(config, path.parent, kind)
+
+
+def unfilled(parts: dict[str, Path]) -> tuple[UNet2DConditionModel, AutoencoderKL, CLIPTextModel]:
+    """The networks that configs describe, which take no memory yet."""
+    with torch.device("meta"):
+        return (
+            UNet2DConditionModel.from_config(read_json(parts["network"] / "config.json")),
+            AutoencoderKL.from_config(read_json(parts["vae"] / "config.json")),
+            CLIPTextModel(CLIPTextConfig.from_pretrained(parts["text_encoder"], local_files_only=True)),
+        )
+
+
+def unet_tensors(state: State, network: UNet2DConditionModel) -> State:
+    """The UNet's tensors under the names of diffusers; the averaged ones where there are any."""
+    prefix = ORIGINAL[0]
+    old = {
+        key: state.get("model_ema." + key.removeprefix("model.").replace(".", ""), value)
+        for key, value in state.items()
+        if key.startswith(prefix)
+    }
+    new = convert_ldm_unet_checkpoint(old, network.config)
+    if len(new) != len(old):
+        raise ValueError("its UNet has parts that they do not know")
+    return new
+
+
+def text_tensors(state: State, network: CLIPTextModel) -> State:
+    """The text encoder's tensors, those of CLIP (1.x) or of OpenCLIP (2.x), under the names of transformers."""
+    found = (
+        convert_open_clip_checkpoint(network, state)
+        if is_open_clip_model(state)
+        else convert_ldm_clip_checkpoint(state)
+    )
+    return {key.removeprefix("text_model."): value for key, value in found.items() if "position_ids" not in key}

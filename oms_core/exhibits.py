@@ -8,16 +8,21 @@ from typing import Any
 
 import pandas as pd
 
-from oms_core import catalog, figures, metrics, paper
+from oms_core import catalog, figures, laboratory, metrics, paper
 from oms_core.attacks import ATTACKS, COMPARED
 from oms_core.attacks.base import column
 from oms_core.compute import Tick, score
 from oms_core.errors import InputError
+from oms_core.evaluation import with_rivals
 from oms_core.figures import Chart
-from oms_core.run import Plan, Run, calls, errors, plan, residuals, scores
+from oms_core.laboratory import members, of_columns
+from oms_core.run import Plan, Run, errors, plan, residuals, scores
 
 PAIRS = ((0, 1), (0, 2), (0, 3), (1, 2), (2, 3))  # Fig. 3
 FALSE_ALARMS = 0.05  # the rate at which Figures F.1a and F.1b compare
+LAST = 20  # the iterate that Figures B.1 and B.2 take for the fixed point
+SHOWN_T = (100, 200, 350)  # of Figures 1 and B.1
+SWEPT_ATTACKS = ("NA", "PIA", "SecMI")  # of Figure 2
 Signals = dict[str, pd.DataFrame]
 
 
@@ -27,7 +32,7 @@ class Exhibit:
 
     Attributes:
         title: what it shows.
-        draw: from a plan and its distances to the chart.
+        draw: from a completed run to the chart.
         attacks: which attacks it compares unless others are named.
         steps: how far the search must go.
         family: whose first shipped model it shows unless one is named.
@@ -35,17 +40,43 @@ class Exhibit:
     """
 
     title: str
-    draw: Callable[[Plan, Signals], Chart]
+    draw: Callable[[Run, Tick | None], Chart]
     attacks: tuple[str, ...]
     steps: int
     family: str = "ddpm"
     limit: int | None = None
 
 
-def boxes(planned: Plan, signals: Signals) -> Chart:
-    """Figure 1, below: residuals by n."""
-    rows = residuals(planned, signals[planned.tasks[0].attack.name])
-    return figures.residual_boxes(rows, planned.model.dimension)
+def of_one_run(draw: Callable[[Plan, Signals], Chart]) -> Callable[[Run, Tick | None], Chart]:
+    """A figure that needs the distances of a single run."""
+
+    def drawn(run: Run, tick: Tick | None) -> Chart:
+        return draw(plan(run), score(run, tick))
+
+    return drawn
+
+
+def convergence(run: Run, tick: Tick | None) -> Chart:
+    """Figure 1: Jacobian norm above, residuals below, by t and n."""
+    norms = laboratory.over_timesteps(replace(run, attacks=("Jacobian",)), SHOWN_T, laboratory.jacobian_norms, tick)
+    rows = laboratory.over_timesteps(run, SHOWN_T, residuals, tick)
+    return figures.convergence(norms, rows, plan(run).model.dimension)
+
+
+def contraction_and_error(run: Run, tick: Tick | None) -> Chart:
+    """Figure B.1: the contraction constant by t, and errors against eps^20 by t and n."""
+    constants = laboratory.over_timesteps(run, SHOWN_T, laboratory.contraction, tick)
+    return figures.contraction_and_error(constants, laboratory.over_timesteps(run, SHOWN_T, errors, tick))
+
+
+def training(run: Run, tick: Tick | None) -> Chart:
+    """Figure 2a: AUC and TPR at 1 % FPR by training epoch, without and with OMS."""
+    return figures.sweep(laboratory.by_epoch(run, tick), "epoch", "training epoch")
+
+
+def boost(run: Run, tick: Tick | None) -> Chart:
+    """Figure 2b: what OMS adds to AUC and TPR at 1 % FPR by timestep."""
+    return figures.boost(laboratory.by_timestep(run, tick=tick))
 
 
 def residuals_and_errors(planned: Plan, signals: Signals) -> Chart:
@@ -64,19 +95,9 @@ def auc_of_pairs(planned: Plan, signals: Signals) -> pd.DataFrame:
     rows = []
     for task in planned.tasks:
         signal = signals[task.attack.name]
-        member = members(planned, signal)
-        columns = {pair: -signal[column(*pair, task.attack.p)].to_numpy() for pair in PAIRS}
-        draws = metrics.resampled(columns, member)
-        for (i, j), values in columns.items():
-            low, high = metrics.interval(draws[i, j]["auc"])
-            found = {"auc": metrics.auc(values, member), "auc_lo": low, "auc_hi": high}
-            rows.append({"attack": task.attack.name, "pair": f"d({i},{j})"} | found)
-    return pd.DataFrame(rows)
-
-
-def members(planned: Plan, signal: pd.DataFrame) -> Any:
-    """Who is a member, in the order of a signal's rows, (N,) bool."""
-    return planned.images.table.set_index("image").role.eq("member").loc[signal.image].to_numpy()
+        columns = {f"d({i},{j})": -signal[column(i, j, task.attack.p)].to_numpy() for i, j in PAIRS}
+        rows += [{"attack": task.attack.name} | row for row in of_columns(columns, members(planned, signal))]
+    return pd.DataFrame(rows).rename(columns={"name": "pair"})
 
 
 def roc(planned: Plan, signals: Signals, scale: str = "linear") -> Chart:
@@ -128,20 +149,29 @@ def labels(planned: Plan, signals: Signals) -> Chart:
     return figures.changed_labels(changes.assign(label=label.loc[changes.image].to_numpy()))
 
 
-LAST = 20  # the iterate that Figures B.1 and B.2 take for the fixed point
-
 FIGURES = {
-    "1": Exhibit("Residuals by step, members and non-members", boxes, ("NA",), 10),
-    "B2": Exhibit("Residual and error by step on U-ViT", residuals_and_errors, ("NA",), LAST, family="uvit", limit=600),
-    "3": Exhibit("AUC of each distance between iterates", pairs, COMPARED, 3),
-    "D1": Exhibit("ROC curves without and with OMS", roc, COMPARED, 2),
-    "D2": Exhibit("ROC curves on log scales without and with OMS", log_roc, COMPARED, 2),
-    "D3": Exhibit(
-        "ROC curves of a text-to-image model, linear and log", both_rocs, COMPARED, 2, family="stable_diffusion"
+    "1": Exhibit("Jacobian norm and residuals by timestep and step", convergence, ("NA",), 10, limit=200),
+    "2a": Exhibit(
+        "AUC and TPR@1%FPR by training epoch, without and with OMS", training, SWEPT_ATTACKS, 2,
+        limit=laboratory.PICTURES,
     ),
-    "F1a": Exhibit("Scores before and after OMS", histograms, ("NA",), 2),
-    "F1b": Exhibit("Labels of the members that OMS corrects, and of those it newly breaks", labels, ("NA",), 2),
-}
+    "2b": Exhibit("What OMS adds by timestep", boost, SWEPT_ATTACKS, 2, limit=laboratory.PICTURES),
+    "3": Exhibit("AUC of each distance between iterates", of_one_run(pairs), COMPARED, 3),
+    "B1": Exhibit("Contraction constant and error by timestep", contraction_and_error, ("NA",), LAST, limit=200),
+    "B2": Exhibit(
+        "Residual and error by step on U-ViT", of_one_run(residuals_and_errors), ("NA",), LAST, family="uvit", limit=200
+    ),
+    "D1": Exhibit("ROC curves without and with OMS", of_one_run(roc), COMPARED, 2),
+    "D2": Exhibit("ROC curves on log scales without and with OMS", of_one_run(log_roc), COMPARED, 2),
+    "D3": Exhibit(
+        "ROC curves of a text-to-image model, linear and log", of_one_run(both_rocs), COMPARED, 2,
+        family="stable_diffusion",
+    ),
+    "F1a": Exhibit("Scores before and after OMS", of_one_run(histograms), ("NA",), 2),
+    "F1b": Exhibit(
+        "Labels of the members that OMS corrects, and of those it newly breaks", of_one_run(labels), ("NA",), 2
+    ),
+}  # fmt: skip
 
 
 def exhibit(name: str) -> Exhibit:
@@ -161,43 +191,91 @@ def figure(name: str, run: Run, tick: Tick | None = None) -> tuple[Plan, Chart]:
     named = run.attacks if run.attacks != COMPARED else shown.attacks
     model, limit = run.model or of_family(shown.family)[0], run.limit or shown.limit
     run = replace(run, model=model, attacks=named, steps=max(run.steps, shown.steps), limit=limit)
-    planned = plan(run)
-    return planned, shown.draw(planned, score(run, tick))
+    return plan(run), shown.draw(run, tick)
 
 
 def evaluate(run: Run, tick: Tick | None = None) -> list[dict[str, Any]]:
-    """The figures of every attack and n of a run, see `metrics.evaluate`; rows carry model and images too."""
+    """The figures of every attack and n of a run, see `metrics.evaluate`, with the baseline of equal budget.
+
+    Rows carry model and images too.
+    """
+    asked, run = run.attacks, with_rivals(run)
     planned = plan(run)
-    table = scores(planned, score(run, tick))
     names = {"model": planned.model.name, "images": planned.images.name}
-    return [names | row for row in metrics.evaluate(table, calls(planned))]
+    return [names | row for row in laboratory.figures_of(run, asked, tick)]
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the paper: every attack without and with OMS on each model of a family.
+    """A table, of the paper or one that it should have had.
 
     Attributes:
         title: what it shows.
-        family: whose shipped models it shows unless one is named.
-        paper: from an attack and n to the paper's figures.
+        families: whose shipped models it shows unless one is named.
+        attacks: which attacks it compares unless others are named.
+        rows: from a completed run to its rows.
+        paper: from a row to the paper's figures.
+        shown: the figures that matter in it.
     """
 
     title: str
-    family: str
-    paper: Callable[[str, int], paper.Reported]
+    families: tuple[str, ...]
+    attacks: tuple[str, ...]
+    rows: Callable[[Run, Tick | None], list[dict[str, Any]]]
+    paper: Callable[[dict[str, Any]], paper.Reported]
+    shown: tuple[str, ...] = ("asr", "auc")
+
+
+def nothing(row: dict[str, Any]) -> None:
+    """What the paper has of it."""
+
+
+def false_alarms(run: Run, tick: Tick | None) -> list[dict[str, Any]]:
+    """Table 5: members caught, and false alarms measured, at each nominal rate of the quantile regression."""
+    from oms_core.attacks.quantile import rates_by_level
+
+    planned = plan(run)
+    rows = score(run, tick)[run.attacks[0]]
+    names = {"model": planned.model.name, "images": planned.images.name}
+    return [names | row for row in rates_by_level(rows, members(planned, rows), run.steps)]
 
 
 TABLES = {
-    "1": Table("MIA methods on DDPM", "ddpm", paper.ddpm),
-    "3": Table("MIA methods on text-to-image models", "stable_diffusion", paper.text_to_image),
-    "4": Table("MIA methods on U-ViT", "uvit", paper.uvit),
-}
+    "1": Table("MIA methods on DDPM", ("ddpm",), COMPARED, evaluate, lambda row: paper.ddpm(row["attack"], row["n"])),
+    "2": Table(
+        "TPR at low FPR on DDPM", ("ddpm",), COMPARED, evaluate, lambda row: paper.ddpm(row["attack"], row["n"]),
+        ("tpr1", "tpr01"),
+    ),
+    "3": Table(
+        "MIA methods on text-to-image models", ("stable_diffusion",), COMPARED, evaluate,
+        lambda row: paper.text_to_image(row["attack"], row["n"]), ("asr", "auc", "tpr1", "tpr01"),
+    ),
+    "4": Table(
+        "MIA methods on U-ViT", ("uvit",), COMPARED, evaluate, lambda row: paper.uvit(row["attack"], row["n"]),
+        ("asr", "auc", "tpr1"),
+    ),
+    "5": Table(
+        "Quantile regression", ("ddpm", "uvit"), ("QR",), false_alarms,
+        lambda row: paper.quantile(row["n"], row["nominal"]), ("tpr",),
+    ),
+    "6": Table(
+        "Gradient-based attack, white-box", ("ddpm", "stable_diffusion"), ("GSA",), evaluate,
+        lambda row: paper.gradients(row["attack"], row["n"]), ("asr", "auc", "tpr1", "tpr01"),
+    ),
+    "schemes": Table(
+        "Iteration schemes at equal model calls", ("ddpm", "uvit", "stable_diffusion"), ("NA", "PIA"),
+        laboratory.by_scheme, nothing,
+    ),
+    "trajectory": Table(
+        "A regression on the whole chain at equal model calls", ("ddpm", "uvit", "stable_diffusion"), ("NA", "PIA"),
+        laboratory.against_chain, nothing,
+    ),
+}  # fmt: skip
 
 
 def table(name: str, run: Run, tick: Tick | None = None) -> list[dict[str, Any]]:
     """A table by its number in the paper, measured on the run's model or, without one, on every shipped model of
-    its family; the paper's figures beside in `paper`.
+    its families; the paper's figures beside in `paper`.
 
     Raises:
         InputError: no such table.
@@ -205,14 +283,16 @@ def table(name: str, run: Run, tick: Tick | None = None) -> list[dict[str, Any]]
     if name not in TABLES:
         raise InputError(f"There is no table {name!r}; known are {', '.join(TABLES)}.")
     shown = TABLES[name]
-    models = [run.model] if run.model else of_family(shown.family)
-    rows = [row for model in models for row in evaluate(replace(run, model=model), tick)]
-    return [row | {"paper": shown.paper(row["attack"], row["n"])} for row in rows]
+    named = run.attacks if run.attacks != COMPARED else shown.attacks
+    models = [run.model] if run.model else of_family(*shown.families)
+    rows = [row for model in models for row in shown.rows(replace(run, model=model, attacks=named), tick)]
+    return [row | {"paper": shown.paper(row)} for row in rows]
 
 
-def of_family(family: str) -> list[str]:
-    """The shipped models of a family, by name."""
-    return [name for name, card in catalog.built_in().items() if card["family"] == family]
+def of_family(*families: str) -> list[str]:
+    """The shipped models of some families, by name."""
+    built_in = catalog.built_in()
+    return [name for family in families for name, card in built_in.items() if card["family"] == family]
 
 
 def listing(what: str) -> list[dict[str, Any]]:

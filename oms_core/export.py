@@ -10,10 +10,12 @@ import plotly.graph_objects as go
 from oms_core.errors import InputError
 from oms_core.figures import Chart
 
+STYLE = """body { font: 16px/1.5 system-ui, sans-serif; max-width: 80rem; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; font-size: 14px; display: block; overflow-x: auto; }
+td, th { padding: .2rem .6rem; text-align: right; white-space: nowrap; }"""
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
-<style>body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }}
-table {{ border-collapse: collapse; font-size: 14px; }} td, th {{ padding: .2rem .6rem; text-align: right; }}</style>
+<style>{style}</style>
 </head><body><h1>{title}</h1><p>{alt}</p>{figure}<details><summary>Table</summary>{table}</details></body></html>
 """
 
@@ -36,6 +38,7 @@ def write_figure(chart: Chart, title: str, out: Path) -> None:
 def page(chart: Chart, title: str) -> str:
     """An HTML page with the figure, its sentence and its table; it loads nothing from elsewhere."""
     return PAGE.format(
+        style=STYLE,
         title=html.escape(title),
         alt=html.escape(chart.alt),
         figure=chart.figure.to_html(full_html=False, include_plotlyjs=True),

@@ -316,3 +316,197 @@ def add_band(figure: go.Figure, band: pd.DataFrame, name: str, colour: str, dash
         x=band.index, y=band[high], mode="lines", line={"color": colour, "width": 1, "dash": dash}, name=name,
         fill="tonexty", fillcolor=f"rgba({', '.join(str(int(colour[k:k + 2], 16)) for k in (1, 3, 5))}, 0.15)",
     )  # fmt: skip
+
+
+def convergence(norms: pd.DataFrame, residuals: pd.DataFrame, dimension: int) -> Chart:
+    """The norm of f's Jacobian, above, and the residual, below, by n for each timestep (Fig. 1).
+
+    Args:
+        norms: image, member, t, n, norm.
+        residuals: image, member, t, n, residual.
+        dimension: how many numbers a picture has.
+    """
+    timesteps = sorted(residuals.t.unique())
+    figure = make_subplots(
+        2, len(timesteps), subplot_titles=[f"t = {t}" for t in timesteps], shared_xaxes="columns",
+        horizontal_spacing=0.06, vertical_spacing=0.08,
+    )  # fmt: skip
+    for place, t in enumerate(timesteps, start=1):
+        add_boxes(figure, norms[norms.t == t], "norm", 1, place, place == 1)
+        add_boxes(figure, residuals[residuals.t == t], "residual", 2, place, False)
+        figure.add_hline(1, line_dash="dot", line_color="#555555", row=1, col=place)
+        figure.add_hline(math.sqrt(2 * dimension), line_dash="dashdot", line_color=NOISE, row=2, col=place)
+        figure.update_xaxes(title_text="step n", row=2, col=place)
+    figure.update_yaxes(range_of(norms.norm, 1), row=1)
+    figure.update_yaxes(residual_axis(np.append(residuals.residual, math.sqrt(2 * dimension))), row=2)
+    layout(figure, "", "", height=620)
+    figure.update_xaxes(dtick=2)
+    figure.update_layout(boxmode="group", legend_y=1.06)
+    figure.update_yaxes(title_text="‖∂f/∂ε‖ at εⁿ", row=1, col=1)
+    figure.update_yaxes(title_text="residual ‖δⁿ‖₂", row=2, col=1)
+    medians = norms.groupby(["t", "n", "member"]).norm.median().unstack()
+    said = [f"t = {t}: {two_medians(medians.loc[t].iloc[0])}" for t in timesteps]
+    table = residuals.groupby(["t", "n", "member"]).residual.median().reset_index()
+    table = norms.groupby(["t", "n", "member"]).norm.median().reset_index().merge(table, how="outer")
+    alt = "Median norm of the Jacobian at the start, members and non-members: " + "; ".join(said) + "."
+    return Chart(figure, alt, table)
+
+
+def around_one(rows: pd.DataFrame, value: str, title: str) -> Chart:
+    """Boxes by n of something that says by its side of 1 whether the search contracts.
+
+    Args:
+        rows: image, member, n, and the value.
+        value: its column.
+        title: what it is.
+    """
+    figure = make_subplots(1, 1)
+    add_boxes(figure, rows, value, 1, 1, True)
+    figure.add_hline(1, line_dash="dot", line_color="#555555")
+    figure.update_yaxes(range_of(rows[value], 1))
+    layout(figure, "step n", title)
+    figure.update_layout(boxmode="group")
+    figure.update_xaxes(dtick=1)
+    medians = rows.groupby(["n", "member"])[value].median().unstack()
+    said = "; ".join(f"n = {n}: {two_medians(row)}" for n, row in medians.head(3).iterrows())
+    table = rows.groupby(["n", "member"])[value].describe()[["count", "25%", "50%", "75%"]].reset_index()
+    return Chart(figure, f"Median of members and non-members at {said}.", table)
+
+
+def range_of(values: pd.Series, *more: float) -> dict:
+    """A linear axis that holds nearly all of some values, and more."""
+    low, high = np.nanquantile(values, [0.005, 0.995])
+    low, high = min(low, *more), max(high, *more)
+    return {"range": [low - 0.05 * (high - low), high + 0.05 * (high - low)]}
+
+
+def two_medians(row: pd.Series, form: str = ".2f") -> str:
+    return f"{row.get(True, math.nan):{form}} and {row.get(False, math.nan):{form}}"
+
+
+def add_boxes(figure: go.Figure, rows: pd.DataFrame, value: str, row: int, col: int, legend: bool) -> None:
+    """Boxes of a value by n, members beside non-members."""
+    for member, name, colour, _, _ in GROUPS:
+        group = rows[rows.member == member]
+        figure.add_box(
+            x=group.n, y=group[value], name=name, marker_color=colour, boxpoints=False, line_width=1.5,
+            offsetgroup=name, legendgroup=name, showlegend=legend, row=row, col=col,
+        )  # fmt: skip
+
+
+def contraction_and_error(constants: pd.DataFrame, errors: pd.DataFrame) -> Chart:
+    """The contraction constant by timestep, first, then the error by n for each timestep (Fig. B.1).
+
+    Args:
+        constants: image, member, t, k.
+        errors: image, member, t, n, error.
+    """
+    timesteps = sorted(errors.t.unique())
+    titles = ["contraction constant", *(f"error, t = {t}" for t in timesteps)]
+    figure = make_subplots(1, len(titles), subplot_titles=titles, horizontal_spacing=0.05)
+    add_boxes(figure, constants.assign(n=constants.t.astype(str)), "k", 1, 1, True)
+    figure.add_hline(1, line_dash="dot", line_color="#555555", row=1, col=1)
+    last = int(errors.n.max()) + 1
+    shown = errors[(errors.error > 0) & (errors.n <= 10)]
+    for place, t in enumerate(timesteps, start=2):
+        add_boxes(figure, shown[shown.t == t], "error", 1, place, False)
+        figure.update_yaxes(residual_axis(shown.error.to_numpy()), col=place)
+    layout(figure, "step n", "", height=420)
+    figure.update_layout(boxmode="group", legend_y=1.1)
+    figure.update_xaxes(title_text="timestep t", type="category", col=1)
+    figure.update_yaxes(title_text=f"‖εⁿ - ε{str(last).translate(SUPERSCRIPT)}‖₂", col=2)
+    medians = constants.groupby(["t", "member"]).k.median().unstack()
+    said = [f"t = {t}: {two_medians(medians.loc[t])}" for t in timesteps]
+    below = 100 * (constants.k < 1).mean()
+    alt = f"Median contraction constant of members and non-members: {'; '.join(said)}; below 1 for {below:.0f} %."
+    table = shown.groupby(["t", "n", "member"]).error.median().reset_index()
+    return Chart(figure, alt, table.merge(medians.stack().rename("k").reset_index(), how="outer"))
+
+
+def sweep(rows: Sequence[Mapping], by: str, title: str) -> Chart:
+    """AUC and TPR at 1 % FPR over something that varies, dotted without OMS and solid with (Fig. 2a).
+
+    Args:
+        rows: see `oms_core.metrics.evaluate`, and `by`.
+        by: what varies.
+        title: the same for people.
+    """
+    table = pd.DataFrame(rows)[["attack", "n", by, *(f"{m}{end}" for m in ("auc", "tpr1") for end in ENDS)]]
+    table = table[table.n <= 2]
+    figure = make_subplots(1, 2, horizontal_spacing=0.1)
+    for place, measure in enumerate(("auc", "tpr1"), start=1):
+        for (attack, n), group in table.groupby(["attack", "n"], sort=False):
+            add_line(figure, group, by, measure, attack, n, place)
+    layout(figure, title, "")
+    figure.update_yaxes(title_text="AUC (%)", col=1)
+    figure.update_yaxes(title_text="TPR at 1 % FPR (%)", rangemode="tozero", col=2)
+    return Chart(figure, sweep_sentence(table, by), table)
+
+
+ENDS = ("", "_lo", "_hi")  # a figure and its interval
+
+
+def add_line(figure: go.Figure, rows: pd.DataFrame, by: str, measure: str, attack: str, n: int, place: int) -> None:
+    """One attack at one n, with its intervals."""
+    value, low, high = (100 * rows[f"{measure}{end}"].astype(float) for end in ENDS)
+    figure.add_scatter(
+        x=rows[by], y=value, mode="lines+markers", name=label_of(attack, n), legendgroup=f"{attack} {n}",
+        line={"color": colour_of(attack), "dash": DASH.get(n, "longdash"), "width": 2}, showlegend=place == 1,
+        error_y={"type": "data", "symmetric": False, "array": high - value, "arrayminus": value - low, "width": 2,
+                 "thickness": 1},
+        row=1, col=place,
+    )  # fmt: skip
+
+
+def sweep_sentence(table: pd.DataFrame, by: str) -> str:
+    ends = []
+    for (attack, n), rows in table.groupby(["attack", "n"], sort=False):
+        first, last = rows.iloc[0], rows.iloc[-1]
+        ends.append(f"{label_of(attack, n)} {100 * first.auc:.1f} to {100 * last.auc:.1f} %")
+    return f"AUC from {by} {table[by].min()} to {table[by].max()}: {'; '.join(ends)}."
+
+
+def boost(rows: Sequence[Mapping]) -> Chart:
+    """What OMS adds to AUC, with its paired interval, and to TPR at 1 % FPR, by timestep (Fig. 2b).
+
+    Args:
+        rows: see `oms_core.metrics.evaluate`, at several timesteps.
+    """
+    table = pd.DataFrame(rows)
+    base = table[table.n == 1].set_index(["attack", "t"]).tpr1
+    table = table[table.n == 2].set_index(["attack", "t"])
+    table["tpr1_gain"] = (table.tpr1 - base).astype(float)
+    table = table.reset_index()[["attack", "t", *(f"gain{end}" for end in ENDS), "tpr1_gain"]]
+    figure = make_subplots(1, 2, horizontal_spacing=0.1)
+    for attack, group in table.groupby("attack", sort=False):
+        add_line(figure, group, "t", "gain", attack, 2, 1)
+        figure.add_scatter(
+            x=group.t, y=100 * group.tpr1_gain, mode="lines+markers", legendgroup=f"{attack} 2", showlegend=False,
+            line={"color": colour_of(attack), "width": 2}, row=1, col=2,
+        )  # fmt: skip
+    figure.add_hline(0, line_color="#BBBBBB")
+    layout(figure, "timestep t", "")
+    figure.update_yaxes(title_text="gain in AUC (points)", col=1)
+    figure.update_yaxes(title_text="gain in TPR at 1 % FPR (points)", col=2)
+    best = table.loc[table.groupby("attack", sort=False).gain.idxmax()]
+    said = "; ".join(f"{r.attack} {100 * r.gain:+.1f} at t = {r.t}" for r in best.itertuples())
+    return Chart(figure, f"The largest gain of OMS in AUC points: {said}.", table)
+
+
+def auc_grid(table: pd.DataFrame) -> Chart:
+    """AUC of every distance d(i, j) at every timestep as a heat map.
+
+    Args:
+        table: t, pair, auc.
+    """
+    wide = table.pivot(index="pair", columns="t", values="auc").loc[table.pair.unique()]
+    figure = go.Figure(
+        go.Heatmap(
+            x=[str(t) for t in wide.columns], y=wide.index, z=100 * wide.to_numpy(), texttemplate="%{z:.0f}",
+            colorscale="RdBu_r", zmid=50, zmin=0, zmax=100, colorbar_title="AUC %",
+        )
+    )  # fmt: skip
+    layout(figure, "timestep t", "distance")
+    figure.update_xaxes(type="category")
+    best = table.loc[table.auc.idxmax()]
+    return Chart(figure, f"The best distance: {best.pair} at t = {best.t}, AUC {100 * best.auc:.1f} %.", table)

@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import re
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,10 +18,12 @@ import pandas as pd
 from oms_core import layouts, rows
 from oms_core.decode import FORMATS, Profile, decode, pixels
 from oms_core.errors import InputError
-from oms_core.layouts import BESIDE, ROLES, Folder, Listed, Rows, Tree, Zip
+from oms_core.layouts import BESIDE, ROLES, Folder, Listed, Rows, Stamp, Tree, Zip, stamps
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 BUILT_IN = ("digits", "fashion")
+REMEMBERED = 4  # opened sets
+TICK = 2 * 10**9  # ns, the coarsest clock of a file system (FAT); two changes within a tick may have one stamp
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +77,7 @@ class ImageSet:
 
 
 def open_images(name: str) -> ImageSet:
-    """Open an image set by its name.
+    """Open an image set by its name; one whose files have not changed since it was last opened is not read again.
 
     | name                              | what it is                                                            |
     |-----------------------------------|-----------------------------------------------------------------------|
@@ -93,6 +96,27 @@ def open_images(name: str) -> ImageSet:
         return built_in(name)
     if re.match(rf"({'|'.join(ROLES)})=", name):
         return joined(name)
+    split, at, rest = name.partition(".npz@")
+    places = [f"{split}.npz", rest] if at else [name]
+    state = tuple(one for place in places for one in stamps(place))
+    if places[-1].startswith("hub:") or is_fresh(state):
+        return opened(name)
+    return remembered(name, state)
+
+
+def is_fresh(state: tuple[Stamp, ...]) -> bool:
+    """Whether a file is so new that another change of it might not show."""
+    return max(max(one.written, one.changed) for one in state) > time.time_ns() - TICK
+
+
+@lru_cache(REMEMBERED)
+def remembered(name: str, state: tuple[Stamp, ...]) -> ImageSet:
+    """A set as it was opened while its files had this state."""
+    return opened(name)
+
+
+def opened(name: str) -> ImageSet:
+    """A set that is one place, or a split of it."""
     split, at, rest = name.partition(".npz@")
     if at:
         return collected(name, with_split(Path(f"{split}.npz"), located(rest), rest))
@@ -231,11 +255,13 @@ def read_again(found: Rows, number: int, name: str, image: str) -> bytes:
     where = Path(name) / readable(found.listed[number].file)
     try:
         data = found.read(number)
+        if sha256(data) == image:
+            return data
+        change = "changed while it was in use"
     except InputError as error:
-        raise InputError(f"{where} was removed while it was in use ({error}); open the set again.") from error
-    if sha256(data) != image:
-        raise InputError(f"{where} was changed while it was in use; open the set again.")
-    return data
+        change = f"removed while it was in use ({error})"
+    remembered.cache_clear()  # the set is read again, even if its files' stamps have not changed
+    raise InputError(f"{where} was {change}; open the set again.")
 
 
 def with_split(split: Path, found: Rows, name: str) -> Rows:

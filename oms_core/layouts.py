@@ -63,6 +63,15 @@ class Rows(NamedTuple):
     read: Callable[[int], bytes]
 
 
+class Stamp(NamedTuple):
+    """By what a change of a file shows: its size, and when it was written and changed, in ns (-1 where it is not)."""
+
+    path: str
+    size: int
+    written: int
+    changed: int
+
+
 @dataclass(eq=False)
 class Folder:
     """The files below a folder; links to folders are listed, never followed."""
@@ -278,6 +287,27 @@ def caption_pairs(content: Any) -> Iterable[tuple[str, str]]:
         rows = [(row.get("file_name") or row.get("image") or row["file"], row["caption"]) for row in reversed(content)]
     for name, caption in rows:
         yield str(name), str(caption[0] if isinstance(caption, list) else caption).strip()
+
+
+def stamps(path: str) -> tuple[Stamp, ...]:
+    """The stamp of a path and of all that lies below it; nothing is read.
+
+    Raises:
+        InputError: a sub-folder cannot be listed.
+    """
+    found = [path]
+    for root, folders, files in os.walk(path, onerror=refuse_unlisted) if os.path.isdir(path) else ():
+        found += [os.path.join(root, name) for name in folders + files]
+    return tuple(map(stamp, sorted(found)))
+
+
+def stamp(path: str) -> Stamp:
+    """The stamp of a file; of a link, that of the file which it names."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return Stamp(path, -1, -1, -1)
+    return Stamp(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 def hidden(file: str) -> bool:

@@ -6,7 +6,9 @@ Scores point one way everywhere: larger = more likely a member. Rates are fracti
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -171,42 +173,82 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def evaluate(table: pd.DataFrame, calls: dict[tuple[str, int], int]) -> list[dict[str, Any]]:
+def evaluate(
+    table: pd.DataFrame, calls: dict[tuple[str, int], int], rivals: Mapping[str, str] = MappingProxyType({})
+) -> list[dict[str, Any]]:
     """A row of figures for every attack and n of a score table.
 
     Args:
         table: a score table.
         calls: model calls per picture, by attack and n.
+        rivals: by attack, the one that spends as many calls at n without One More Step; rivals get no rows.
 
     Returns:
         Rows with `attack, t, n, calls, auc, auc_lo, auc_hi, asr, asr_sd`, `tpr5, tpr1, tpr01` with their
-        intervals (None where there are fewer than 1 / FPR non-members), and `gain, gain_lo, gain_hi`, the AUC
-        less that of n = 1 on the same resampled pictures (None for n = 1), and a `note` where the figures say little.
+        intervals (None where there are fewer than 1 / FPR non-members), `gain, gain_lo, gain_hi`, the AUC
+        less that of n = 1 on the same resampled pictures (None for n = 1), `rival_auc` and `lead, lead_lo, lead_hi`,
+        the AUC less the rival's at equal calls (None without a rival), and a `note` where the figures say little.
 
     Raises:
         InputError: members or non-members are missing, or an attack gives no finite score.
     """
     check_scores(table)
+    found = {key: Resampled.of(group, *key) for key, group in table.groupby(["attack", "t"], sort=False)}
+    by_name = {attack: one for (attack, _), one in found.items()}
+    named = set(rivals.values())
     rows = []
-    for (attack, t), group in table.groupby(["attack", "t"], sort=False):
+    for (attack, t), one in found.items():
+        if attack in named:
+            continue
+        for n in one.scores:
+            row = {"attack": attack, "t": int(t), "n": n, "calls": calls[attack, n]}
+            row |= rates(one.scores[n], one.member, one.draws[n])
+            row |= compared("gain", one, n, one if n > 1 else None, 1)
+            rival = by_name.get(rivals.get(attack, ""))
+            row |= {"rival_auc": auc(rival.scores[n], rival.member) if rival and n in rival.scores else None}
+            row |= compared("lead", one, n, rival if n > 1 else None, n)
+            rows.append(row | {"note": note(one.scores[n], one.member, one.left_out)})
+    return rows
+
+
+@dataclass(frozen=True)
+class Resampled:
+    """The scores of one attack, and what they give on resampled pictures.
+
+    Attributes:
+        images: the pictures, (N,).
+        member: which of them are members, (N,) bool.
+        scores: by n, each (N,).
+        draws: by n, see `resampled`.
+        left_out: pictures without a finite score.
+    """
+
+    images: np.ndarray
+    member: np.ndarray
+    scores: dict[int, np.ndarray]
+    draws: dict[int, dict[str, np.ndarray]]
+    left_out: int
+
+    @classmethod
+    def of(cls, group: pd.DataFrame, attack: str, t: int) -> Resampled:
+        """From the rows of one attack in a score table."""
         wide = check_scores(group).pivot(index="image", columns="n", values="score").dropna()
-        left_out = group.image.nunique() - len(wide)
         if wide.empty:
             raise InputError(f"{attack} at t = {t} gives no picture a finite score; try another precision.")
         member = group.drop_duplicates("image").set_index("image").member.loc[wide.index].to_numpy()
         need_both(member)
-        columns = {int(n): wide[n].to_numpy() for n in wide}
-        draws = resampled(columns, member)
-        base = auc(columns[1], member)
-        for n, scores in columns.items():
-            row = {"attack": attack, "t": int(t), "n": n, "calls": calls[attack, n]}
-            row |= rates(scores, member, draws[n])
-            row |= gain(row["auc"] - base, draws[n]["auc"] - draws[1]["auc"]) if n > 1 else NO_GAIN
-            rows.append(row | {"note": note(scores, member, left_out)})
-    return rows
+        scores = {int(n): wide[n].to_numpy() for n in wide}
+        left_out = group.image.nunique() - len(wide)
+        return cls(wide.index.to_numpy(), member, scores, resampled(scores, member), left_out)
 
 
-NO_GAIN = {"gain": None, "gain_lo": None, "gain_hi": None}
+def compared(name: str, one: Resampled, n: int, other: Resampled | None, m: int) -> dict[str, float | None]:
+    """The AUC at n less another's at m, on the same resampled pictures; None where there is nothing to compare."""
+    if other is None or m not in other.scores or not np.array_equal(one.images, other.images):
+        return {name: None, f"{name}_lo": None, f"{name}_hi": None}
+    low, high = interval(one.draws[n]["auc"] - other.draws[m]["auc"])
+    difference = auc(one.scores[n], one.member) - auc(other.scores[m], other.member)
+    return {name: difference, f"{name}_lo": low, f"{name}_hi": high}
 
 
 def note(scores: np.ndarray, member: np.ndarray, left_out: int = 0) -> str:
@@ -237,12 +279,6 @@ def rates(scores: np.ndarray, member: np.ndarray, draws: dict[str, np.ndarray]) 
 def measurable(bound: float, member: np.ndarray) -> bool:
     """Whether there are enough non-members, 1 / FPR, to see so low a rate."""
     return (~member).sum() >= round(1 / bound)
-
-
-def gain(difference: float, draws: np.ndarray) -> dict[str, float]:
-    """A paired difference with its interval."""
-    low, high = interval(draws)
-    return {"gain": difference, "gain_lo": low, "gain_hi": high}
 
 
 def corrected(scores: pd.DataFrame, bound: float) -> pd.DataFrame:

@@ -6,6 +6,7 @@ import io
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -45,10 +46,14 @@ def parquet(files: list[Path]) -> Rows:
         file, column, group = groups[place]
         return file.read_row_group(group, columns=[column]).column(0)
 
+    lock = Lock()  # a set is shared between threads, a ParquetFile is not made for that
+
     def read(number: int) -> bytes:
         place = int(np.searchsorted(ends, number, side="right"))
         try:
-            cell = cells(place)[number - int(ends[place])].as_py()  # counted from the end of its row group
+            with lock:
+                column = cells(place)
+            cell = column[number - int(ends[place])].as_py()  # counted from the end of its row group
         except Exception as error:  # damage shows in many ways
             raise InputError("the row is damaged") from error
         return picture_in(cell)

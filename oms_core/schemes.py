@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 HALF = 0.5
 DEPTH = 3  # how many differences Anderson's scheme remembers
+ROUNDING = 10  # machine epsilons of an answer's norm
 
 
 def averaged(f: Map, eps: Tensor, weight: float) -> Tensor:
@@ -29,7 +30,7 @@ def krasnoselskij(f: Map) -> Advance:
 
 
 def mann(f: Map) -> Advance:
-    """Averaging with the falling weight 1 / (n + 1) (Mann, 1953)."""
+    """Averaging with a falling weight, 1 / (n + 1) on the way to eps^n (Mann, 1953)."""
     return lambda eps: averaged(f, eps[-1], 1 / (len(eps) + 1))
 
 
@@ -44,25 +45,22 @@ def ishikawa(f: Map) -> Advance:
 
 
 def anderson(f: Map) -> Advance:
-    """Mix the last answers so that their residuals cancel in least squares (Anderson, 1965; Walker & Ni, 2011)."""
-    asked: list[Tensor] = []
+    """Mix the last answers so that their residuals cancel in least squares (Anderson, 1965; Walker & Ni, 2011).
+
+    Differences of residuals that are no more than rounding have no part in it; without any this is plain iteration.
+    """
     answers: list[Tensor] = []
 
     def advance(eps: list[Tensor]) -> Tensor:
         import torch
 
-        asked.append(eps[-1])
         answers.append(f(eps[-1]))
-        if len(answers) == 1:
-            return answers[-1]
-        g = torch.stack(answers[-DEPTH - 1 :]).flatten(2).transpose(0, 1).double()  # (B, m + 1, D)
-        r = g - torch.stack(asked[-DEPTH - 1 :]).flatten(2).transpose(0, 1).double()
-        dg, dr = g.diff(dim=1), r.diff(dim=1)  # (B, m, D)
-        gram = dr @ dr.mT
-        scale = gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None].clamp_min(torch.finfo(gram.dtype).tiny)
-        regular = gram + 1e-10 * scale * torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
-        weights = torch.linalg.solve(regular, dr @ r[:, -1:].mT)  # (B, m, 1)
-        mixed = g[:, -1] - (dg.mT @ weights)[..., 0]
+        kept, exact = min(len(answers), DEPTH + 1), torch.promote_types(eps[-1].dtype, torch.float32)
+        asked, g = (torch.stack(given[-kept:], dim=1).flatten(2).to(exact) for given in (eps, answers))  # (B, m + 1, D)
+        noise = ROUNDING * torch.finfo(eps[-1].dtype).eps * g[:, -1].norm(dim=1)
+        r = g - asked
+        weights = r[:, -1:] @ torch.linalg.pinv(r.diff(dim=1), atol=noise)  # (B, 1, m)
+        mixed = g[:, -1:] - weights @ g.diff(dim=1)
         return mixed.view_as(eps[-1]).to(eps[-1].dtype)
 
     return advance

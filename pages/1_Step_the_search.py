@@ -12,7 +12,7 @@ from oms_core.compute import compute_trace
 from oms_core.errors import InputError
 from oms_core.run import Plan, Trace, lookup_trace, residuals
 from oms_core.search import fixed_point
-from pages.common.context import Context, control, update
+from pages.common.context import Context, control, searching, update
 from pages.common.pictures import READY, enlarge, ordinary, thumbnail
 from pages.common.shell import ask, begin, guarded, show, signals
 
@@ -142,6 +142,7 @@ def main() -> None:
         "Step the search",
         "A model finds a noise in every picture. Does the search settle faster where it was trained on the picture?",
     )
+    context = searching(context)
     with guarded():
         planned, known, _ = signals(context.run(steps=STEPS), "Comparing with all pictures")
         cohort = residuals(planned, known[context.attack]) if context.attack in known else no_cohort()

@@ -1,5 +1,7 @@
 """Convergence: residuals of many pictures, members against non-members."""
 
+from dataclasses import replace
+
 import altair as alt
 import pandas as pd
 import streamlit as st
@@ -7,12 +9,14 @@ import streamlit as st
 from oms_core import figures, metrics
 from oms_core.attacks import SEARCHES
 from oms_core.exhibits import LAST
+from oms_core.laboratory import jacobian_norms, of_columns, ratios
 from oms_core.run import Plan, errors, residuals
-from pages.common.context import Context, control, including, update
+from pages.common.context import Context, control, including, searching, update
 from pages.common.pictures import thumbnail
 from pages.common.shell import begin, guarded, show, signals, timestep
 
 STEPS = 10
+JACOBIAN_STEPS, JACOBIAN_PICTURES = 5, 200
 SIZES = [100, 300, 1000, None]
 
 
@@ -122,32 +126,78 @@ def picked(rows: pd.DataFrame, planned: Plan) -> None:
         st.switch_page("pages/1_Step_the_search.py")
 
 
+def residual_view(context: Context) -> None:
+    """Residuals by step, first against second, and the picture behind a point."""
+    far = st.toggle(
+        "Distance from ε²⁰", key="far", help="Twenty steps: how near each iterate is to the last (Fig. B.2)."
+    )
+    planned, known, complete = signals(context.run(steps=LAST if far else STEPS), "Comparing all pictures")
+    if context.attack not in known:
+        st.caption("The boxes appear here, and grow while batches come in.")
+        return
+    rows = residuals(planned, known[context.attack])
+    if far:
+        chart = figures.residual_and_error(rows, errors(planned, known[context.attack]), planned.model.dimension)
+        show(chart, "far")
+    verdict(rows, context, complete)
+    left, right = st.columns(2, gap="large")
+    with left:
+        show(figures.residual_boxes(rows, planned.model.dimension), "boxes")
+    with right:
+        scatter(rows, planned)
+        picked(rows, planned)
+
+
+def ratio_view(context: Context) -> None:
+    """By how much each residual is smaller than the one before: the other half of "members converge faster"."""
+    planned, known, _ = signals(context.run(steps=STEPS), "Comparing all pictures")
+    if context.attack in known:
+        rows = ratios(planned, known[context.attack])
+        sides(rows, "ratio", "The residuals of members fall faster", "of the ratio ‖δⁿ⁺¹‖ / ‖δⁿ‖")
+        show(figures.around_one(rows, "ratio", "‖δⁿ⁺¹‖ / ‖δⁿ‖"), "ratios")
+
+
+def jacobian_view(context: Context) -> None:
+    """The norm of the map's Jacobian at each iterate (Fig. 1, above)."""
+    run = replace(context.run(("Jacobian",), JACOBIAN_STEPS), limit=min(context.limit or JACOBIAN_PICTURES, 1000))
+    planned, known, _ = signals(run, "The Jacobian norm")
+    st.caption("From drawn noise, whatever search is chosen above: the largest singular value of ∂f/∂ε at εⁿ.")
+    if "Jacobian" in known:
+        rows = jacobian_norms(planned, known["Jacobian"])
+        sides(rows, "norm", "The map contracts more around members", "of the Jacobian norm")
+        show(figures.around_one(rows, "norm", "‖∂f/∂ε‖ at εⁿ"), "norms")
+
+
+def sides(rows: pd.DataFrame, value: str, claim: str, what: str) -> None:
+    """Whether a value is smaller for members, step by step, as AUC with its interval."""
+    found = {}
+    for n, group in rows.groupby("n"):
+        columns = {"own": -group[value].to_numpy()}
+        (found[n],) = of_columns(columns, group.member.to_numpy(dtype=bool))
+    smaller = [n for n, row in found.items() if row["auc_lo"] > 0.5]
+    larger = [n for n, row in found.items() if row["auc_hi"] < 0.5]
+    first = found[min(found)]
+    interval = f"{100 * first['auc']:.1f} % [{100 * first['auc_lo']:.1f}, {100 * first['auc_hi']:.1f}]"
+    said = f"{claim} at {steps_named(smaller)}; the opposite holds at {steps_named(larger)}. AUC {what} at n = "
+    (st.success if smaller and not larger else st.warning)(f"{said}{min(found)}: {interval}.")
+
+
+def steps_named(steps: list[int]) -> str:
+    return f"n = {', '.join(map(str, steps))}" if steps else "no step that this set can show"
+
+
+VIEWS = {"Residual": residual_view, "Ratio of residuals": ratio_view, "Jacobian norm": jacobian_view}
+
+
 def main() -> None:
     context = begin(
         "Convergence", "Do the residuals of members settle faster than those of pictures the model never saw?"
     )
+    context = searching(context)
     with guarded():
         controls()
-        far = st.toggle(
-            "Distance from ε²⁰",
-            key="far",
-            help="Twenty steps: how near each iterate is to the last (Fig. B.2).",
-        )
-        planned, known, complete = signals(context.run(steps=LAST if far else STEPS), "Comparing all pictures")
-        if context.attack not in known:
-            st.caption("The boxes appear here, and grow while batches come in.")
-            return
-        rows = residuals(planned, known[context.attack])
-        if far:
-            chart = figures.residual_and_error(rows, errors(planned, known[context.attack]), planned.model.dimension)
-            show(chart, "far")
-        verdict(rows, context, complete)
-        left, right = st.columns(2, gap="large")
-        with left:
-            show(figures.residual_boxes(rows, planned.model.dimension), "boxes")
-        with right:
-            scatter(rows, planned)
-            picked(rows, planned)
+        view = st.segmented_control("Look at", list(VIEWS), default="Residual", key="look", required=True)
+        VIEWS[view](context)
 
 
 main()

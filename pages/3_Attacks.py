@@ -6,14 +6,32 @@ import pandas as pd
 import streamlit as st
 
 from oms_core import figures, metrics
-from oms_core.attacks import ATTACKS, COMPARED
+from oms_core.attacks import ATTACKS, COMPARED, SEARCHES
 from oms_core.attacks.base import column
+from oms_core.catalog import describe
+from oms_core.evaluation import evaluation, with_rivals
 from oms_core.exhibits import curves, members
-from oms_core.run import Plan, calls, scores
+from oms_core.run import Plan, scores
 from pages.common.context import RATES, Context, control, update
 from pages.common.shell import begin, guarded, show, signals, timestep
 
 STEPS = 3
+EQUAL_CALLS = (
+    "Lead at equal calls: the AUC with One More Step less that of the published attack averaged over two draws (NA), "
+    "two timesteps (PIA, PIAN) or two distances (SecMI), which asks the model as often."
+)
+
+
+def fitting(context: Context) -> list[str]:
+    """The attacks that the model can answer."""
+    captioned = describe(context.model).captioned
+    return [name for name, attack in ATTACKS.items() if captioned or not attack.captioned]
+
+
+def titled(name: str) -> str:
+    """An attack for people; one that needs more than the model's answers says so."""
+    attack = ATTACKS[name]
+    return attack.title if attack.access == "gray-box" else f"{attack.title} ({attack.access}: needs the weights)"
 
 
 def flip() -> None:
@@ -21,25 +39,17 @@ def flip() -> None:
     update(n=2 if st.session_state["oms"] else 1)
 
 
-def controls() -> None:
+def controls(context: Context) -> None:
     """The choices of this page."""
     left, middle, right = st.columns(3, vertical_alignment="bottom")
     with left:
         timestep()
     with middle:
-        control(
-            st.selectbox, "Look closely at", "attack", options=list(ATTACKS), format_func=lambda a: ATTACKS[a].title
-        )
+        control(st.selectbox, "Look closely at", "attack", options=fitting(context), format_func=titled)
     with right:
         control(
             st.select_slider, "False alarms allowed", "fpr", options=RATES, format_func=lambda r: f"{100 * r:g} %"
         )  # fmt: skip
-
-
-@st.cache_data(max_entries=64, show_spinner="Counting ...")
-def evaluation(keys: tuple[str, ...], steps: int, _planned: Plan, _table: pd.DataFrame) -> list[dict]:
-    """The figures of a run, kept by the keys of its tasks."""
-    return metrics.evaluate(_table, calls(_planned))
 
 
 def overview(rows: list[dict], n: int) -> pd.DataFrame:
@@ -49,6 +59,7 @@ def overview(rows: list[dict], n: int) -> pd.DataFrame:
         base, more = (next(r for r in rows if (r["attack"], r["n"]) == (attack, k)) for k in (1, n))
         line = {"attack": attack, "t": base["t"], "calls": f"{base['calls']} → {more['calls']}"}
         line |= {"AUC": 100 * base["auc"], "AUC +OMS": 100 * more["auc"], "gain": gain(more)}
+        line |= {"lead at equal calls": gain(more, "lead")}
         line |= {"ASR": 100 * base["asr"], "ASR +OMS": 100 * more["asr"]}
         for name, title in (("tpr1", "TPR@1%"), ("tpr01", "TPR@0.1%")):
             line |= {title: percent(base[name]), f"{title} +OMS": percent(more[name])}
@@ -56,10 +67,11 @@ def overview(rows: list[dict], n: int) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def gain(row: dict) -> str:
-    if row["gain"] is None:
+def gain(row: dict, name: str = "gain") -> str:
+    """A paired difference of AUCs in points, with its interval."""
+    if row[name] is None:
         return "-"
-    return f"{100 * row['gain']:+.1f} [{100 * row['gain_lo']:+.1f}, {100 * row['gain_hi']:+.1f}]"
+    return f"{100 * row[name]:+.1f} [{100 * row[f'{name}_lo']:+.1f}, {100 * row[f'{name}_hi']:+.1f}]"
 
 
 def percent(value: float | None) -> float | None:
@@ -82,7 +94,7 @@ def verdict(rows: list[dict], n: int) -> None:
 
 def explanation(rows: list[dict], planned: Plan, known: dict[str, pd.DataFrame]) -> None:
     """Why One More Step hurts where it does: what the second residual says alone."""
-    hurt = [row["attack"] for row in rows if row["n"] == 2 and row["gain_hi"] < 0]
+    hurt = [r["attack"] for r in rows if r["n"] == 2 and r["gain_hi"] < 0 and r["attack"] in SEARCHES]
     if not hurt:
         return
     alone = []
@@ -126,29 +138,40 @@ def main() -> None:
     with guarded():
         st.session_state["oms"] = context.n > 1
         more = st.toggle("**+ One More Step**", key="oms", on_change=flip, help="d(0, 2) instead of d(0, 1).")
-        controls()
-        names = tuple(dict.fromkeys([*COMPARED, context.attack]))
-        planned, known, complete = signals(context.run(names, STEPS), "Running every attack")
+        controls(context)
+        planned, known, complete = gather(context)
         if not known:
             st.caption("The table and the curves appear here.")
             return
         shown = replace(planned, tasks=tuple(task for task in planned.tasks if task.attack.name in known))
+        names = tuple(name for name in (*COMPARED, context.attack) if name in known)
         table = metrics.check_scores(scores(shown, known))
+        table = table[table.attack.isin(names)]
         n = 2 if more else 1
         head = st.container()  # filled below: the curves are there sooner than the intervals
         show(curves(table[table.n.isin({1, n})], ("linear", "log")), "roc")
         with head:
             if complete:
-                rows = evaluation(tuple(task.key for task in shown.tasks), STEPS, shown, table)
+                rows = evaluation(shown, known, tuple(dict.fromkeys(names)))
                 verdict(rows, n)
                 if more:
                     explanation(rows, shown, known)
                 st.dataframe(overview(rows, 2), hide_index=True, column_config=number_columns())
+                st.caption(EQUAL_CALLS)
             else:
                 count = table.image.nunique()
                 st.info(f"{count} of {len(planned.images)} pictures so far; the table comes with the last.")
         if context.attack in known:
             closely(table, planned, context, n)
+
+
+def gather(context: Context) -> tuple[Plan, dict[str, pd.DataFrame], bool]:
+    """The attacks that are always compared, with their rivals, and the one that is looked at closely."""
+    planned, known, complete = signals(with_rivals(context.run(COMPARED, STEPS)), "Running every attack")
+    if context.attack in COMPARED:
+        return planned, known, complete
+    own, found, _ = signals(context.run((context.attack,), STEPS), ATTACKS[context.attack].title)
+    return replace(planned, tasks=planned.tasks + own.tasks), known | found, complete
 
 
 def number_columns() -> dict:

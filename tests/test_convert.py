@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,8 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from diffusers import UNet2DModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel, UNet2DModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -411,3 +415,355 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(OSError, match="No space left"):
         convert(file, tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
+
+
+# Stable Diffusion in one file: the published names, by which the small pipelines of these tests are written
+
+RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+ENDS = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+AUTOENCODER = {
+    "conv_norm_out": "norm_out",
+    "conv_shortcut": "nin_shortcut",
+    "mid_block.resnets.0": "mid.block_1",
+    "mid_block.resnets.1": "mid.block_2",
+    "mid_block.attentions.0": "mid.attn_1",
+    "group_norm": "norm",
+    "to_out.0": "proj_out",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "samplers.0": "sample",
+    "resnets": "block",
+}
+OPEN_CLIP = {
+    "embeddings.token_embedding": "token_embedding",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "final_layer_norm": "ln_final",
+    "encoder.layers": "transformer.resblocks",
+    "layer_norm": "ln_",
+    "self_attn": "attn",
+    "fc1": "c_fc",
+    "fc2": "c_proj",
+}
+
+
+def spelled(key: str, names: dict[str, str]) -> str:
+    for ours, theirs in names.items():
+        key = key.replace(ours, theirs)
+    return key
+
+
+def published_unet(network: UNet2DConditionModel) -> dict[str, Tensor]:
+    """Blocks are numbered through, a change of resolution is a block of its own or the end of one."""
+    each = network.config.layers_per_block + 1
+
+    def name(key: str) -> str:
+        if "blocks" not in key and "mid_block" not in key:
+            return spelled(key, ENDS)
+        place, part, number, rest = re.fullmatch(r"(\w+?(?:\.\d+)?)\.(\w+)\.(\d+)\.(.+)", key).groups()
+        side, _, level = place.partition("_block")
+        rest = spelled(rest, RESNET) if part == "resnets" else rest
+        if side == "mid":
+            return f"middle_block.{1 if part == 'attentions' else 2 * int(number)}.{rest}"
+        block = int(level.removeprefix("s.")) * each + int(number)
+        if part == "downsamplers":
+            return f"input_blocks.{block + each}.0.{rest.replace('conv', 'op')}"
+        if part == "upsamplers":
+            return f"output_blocks.{block + each - 1}.{1 + (f'{place}.attentions.0.norm.weight' in state)}.{rest}"
+        return f"{'input' if side == 'down' else 'output'}_blocks.{block + (side == 'down')}.{part[0] == 'a':d}.{rest}"
+
+    state = network.state_dict()
+    return {name(key): value for key, value in state.items()}
+
+
+def published_vae(network: AutoencoderKL) -> dict[str, Tensor]:
+    """Levels of the decoder are counted from the finest; attention is made of 1 x 1 convolutions."""
+    last = len(network.config.block_out_channels) - 1
+    found = {}
+    for key, value in network.state_dict().items():
+        old = re.sub(r"up_blocks\.(\d)", lambda level: f"up.{last - int(level[1])}", key).replace("down_blocks", "down")
+        flat = "attentions" in key and value.dim() == 2
+        found[spelled(old, AUTOENCODER)] = value[:, :, None, None] if flat else value
+    return found
+
+
+def published_clip(network: nn.Module) -> dict[str, Tensor]:
+    """The text encoder of 1.x."""
+    named = {f"transformer.text_model.{key}": value for key, value in network.state_dict().items()}
+    return named | {"transformer.text_model.embeddings.position_ids": torch.arange(16)[None]}
+
+
+def published_open_clip(network: nn.Module) -> dict[str, Tensor]:
+    """The text encoder of 2.x: q, k and v are one matrix; its last layer and its projection are never used."""
+    state = {spelled(key, OPEN_CLIP): value for key, value in network.state_dict().items()}
+    for key in [key for key in state if "q_proj" in key]:
+        three = [state.pop(key.replace("q_proj", f"{letter}_proj")) for letter in "qkv"]
+        state[key.replace("q_proj.", "in_proj_")] = torch.cat(three)
+    unused = {key.replace("blocks.0", "blocks.23"): value + 1 for key, value in state.items() if "blocks.0" in key}
+    more = {"text_projection": torch.randn(8, 8), "logit_scale": torch.ones(()), "attn_mask": torch.zeros(16, 16)}
+    return {f"model.{key}": value for key, value in (state | unused | more).items()}
+
+
+def published(pipeline: StableDiffusionPipeline) -> dict[str, Tensor]:
+    """Everything that such a file holds."""
+    text = published_open_clip if pipeline.unet.config.use_linear_projection else published_clip
+    parts = {
+        "model.diffusion_model": published_unet(pipeline.unet),
+        "first_stage_model": published_vae(pipeline.vae),
+        "cond_stage_model": text(pipeline.text_encoder),
+    }
+    named = {f"{part}.{key}": value for part, state in parts.items() for key, value in state.items()}
+    return named | {"betas": torch.rand(1000), "model_ema.num_updates": torch.tensor(3)}
+
+
+DEEP = {"block_out_channels": (8, 16, 32, 32), "layers_per_block": 2}  # as deep as the real ones
+DEEP_UNET = {
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    "sample_size": 8,
+}
+DEEP_VAE = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+KINDS: dict[str, tuple[dict, dict, dict]] = {
+    "tiny": ({}, {}, {}),
+    "1.x": (DEEP | DEEP_UNET, DEEP | DEEP_VAE, {}),
+    "2.x": (DEEP | DEEP_UNET | {"use_linear_projection": True}, {}, {"prediction_type": "v_prediction"}),
+}
+
+
+def changed_by(network: Any, config: dict[str, Any], seed: int = 0) -> Any:
+    return tiny.seeded(type(network).from_config(dict(network.config) | config), seed)
+
+
+def stable_diffusion(folder: Path, kind: str) -> StableDiffusionPipeline:
+    """A pipeline with weights of which none is like another, also saved in a folder."""
+    unet, vae, schedule = KINDS[kind]
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny.save_stable_diffusion(folder, **schedule))
+    pipeline.unet, pipeline.vae = changed_by(pipeline.unet, unet), changed_by(pipeline.vae, vae)
+    pipeline.save_pretrained(folder)
+    return pipeline
+
+
+def single(state: dict[str, Tensor], file: Path) -> Path:
+    save_file({key: value.clone().contiguous() for key, value in state.items()}, file)
+    return file
+
+
+def bare(folder: Path, to: Path) -> Path:
+    """A pipeline's folder without its weights."""
+    return Path(shutil.copytree(folder, to, ignore=shutil.ignore_patterns("*.safetensors")))
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        pytest.fail("the network is asked")  # no OSError, which a library may take for an answer
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+def test_the_names_are_the_published_ones(tmp_path: Path) -> None:
+    """A few names of v1-5-pruned-emaonly.safetensors, and how many tensors its UNet and its autoencoder have."""
+    found = published(stable_diffusion(tmp_path, "1.x"))
+    assert sum(key.startswith("model.diffusion_model.") for key in found) == 686
+    assert sum(key.startswith("first_stage_model.") for key in found) == 248
+    assert found.keys() >= {
+        "model.diffusion_model.time_embed.2.bias",
+        "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_out.0.weight",
+        "model.diffusion_model.input_blocks.9.0.op.bias",
+        "model.diffusion_model.middle_block.1.transformer_blocks.0.ff.net.0.proj.weight",
+        "model.diffusion_model.middle_block.2.out_layers.3.weight",
+        "model.diffusion_model.output_blocks.2.1.conv.weight",
+        "model.diffusion_model.output_blocks.8.2.conv.weight",
+        "model.diffusion_model.output_blocks.11.0.skip_connection.weight",
+        "first_stage_model.encoder.down.2.downsample.conv.weight",
+        "first_stage_model.encoder.mid.attn_1.q.weight",
+        "first_stage_model.decoder.up.3.upsample.conv.weight",
+        "first_stage_model.decoder.up.0.block.2.norm2.bias",
+        "first_stage_model.post_quant_conv.weight",
+        "cond_stage_model.transformer.text_model.encoder.layers.0.self_attn.q_proj.weight",
+    }
+
+
+@torch.inference_mode()
+def outputs(folder: Path) -> list[Tensor]:
+    """Text, latents, the pictures of latents, and the noise at several times."""
+    loaded = load(describe(str(folder)), CPU)
+    random = torch.Generator().manual_seed(0)
+    x_t = torch.randn(2, *describe(str(folder)).latent, generator=random)
+    pixels = torch.randint(256, (2, *loaded.profile.size, 3), dtype=torch.uint8, generator=random).numpy()
+    text = loaded.condition(tiny.WORDS)
+    noise = [loaded.eps(x_t, t, text) for t in TIMES]
+    return [text, loaded.encode(pixels), loaded.vae.decode(x_t).sample, *noise]
+
+
+def assert_alike(folder: Path, other: Path) -> None:
+    for ours, theirs in zip(outputs(folder), outputs(other), strict=True):
+        assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stable_diffusion_in_one_file_gives_what_the_pipeline_gave(tmp_path: Path, kind: str) -> None:
+    pipeline = stable_diffusion(tmp_path / "original", kind)
+    file = single(published(pipeline), tmp_path / "x.safetensors")
+    words = convert(file, tmp_path / "made", bare(tmp_path / "original", tmp_path / "config"))
+    original, made = describe(str(tmp_path / "original")), describe(str(tmp_path / "made"))
+    size = " x ".join(map(str, {*made.profile.size}))
+    assert words == f"a Stable Diffusion in one file, {pipeline.unet.num_parameters():,} parameters, {size} pixels"
+    assert (made.profile, made.parameters, made.latent) == (original.profile, original.parameters, original.latent)
+    assert made.schedule == original.schedule
+    assert_alike(tmp_path / "made", tmp_path / "original")
+
+
+@pytest.fixture(scope="module")
+def one_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Tensor], Path]:
+    """The tensors of a tiny file, and its pipeline's folder; not to be changed."""
+    folder = tmp_path_factory.mktemp("single") / "original"
+    return published(stable_diffusion(folder, "tiny")), folder
+
+
+def test_averaged_weights_are_used_where_they_are_kept(tmp_path: Path, one_file: tuple) -> None:
+    state, folder = one_file
+    prefix = "model.diffusion_model."
+    names = [key for key in state if key.startswith(prefix)]
+    kept = {f"model_ema.diffusion_model{key.removeprefix(prefix).replace('.', '')}": state[key] for key in names}
+    file = single(state | {key: state[key] + 1 for key in names} | kept, tmp_path / "x.safetensors")
+    convert(file, tmp_path / "made", folder)
+    assert_alike(tmp_path / "made", folder)
+
+
+def test_weights_keep_their_precision(tmp_path: Path, one_file: tuple) -> None:
+    state, folder = one_file
+    half = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
+    convert(single(half, tmp_path / "x.safetensors"), tmp_path / "made", folder)
+    made = load_file(tmp_path / "made" / "unet" / "diffusion_pytorch_model.safetensors")
+    for key, value in load_file(folder / "unet" / "diffusion_pytorch_model.safetensors").items():
+        assert torch.equal(made[key], value.half())
+    assert all(noise.isfinite().all() for noise in outputs(tmp_path / "made"))
+
+
+def missing(key: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    return lambda state: {name: value for name, value in state.items() if not name.startswith(key)}
+
+
+def put(**tensors: Tensor) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    return lambda state: state | {key.replace("__", "."): value for key, value in tensors.items()}
+
+
+FIT = "do not fit the configs in"
+BAD_FILES: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] = {
+    "nothing": (lambda _: {}, LAYOUT),
+    "something else": (lambda _: {"lora_unet.weight": torch.zeros(2)}, LAYOUT),
+    "another text encoder": (missing("cond_stage_model."), LAYOUT),
+    "no autoencoder": (missing("first_stage_model."), LAYOUT),
+    "no weight in the UNet": (missing("model.diffusion_model.out.2.bias"), FIT),
+    "no block in the UNet": (missing("model.diffusion_model.input_blocks.1."), FIT),
+    "no weight in the autoencoder": (missing("first_stage_model.quant_conv.weight"), FIT),
+    "no weight in the text encoder": (missing("cond_stage_model.transformer.text_model.final_layer_norm.bias"), FIT),
+    "only places of words": (missing("cond_stage_model.transformer.text_model.enc"), FIT),
+    "parts that are not known": (put(model__diffusion_model__label_emb__0__0__bias=torch.zeros(2)), "do not know"),
+    "another shape": (put(model__diffusion_model__out__2__bias=torch.zeros(9)), FIT),
+    "no dimension": (put(first_stage_model__encoder__mid__attn_1__q__weight=torch.zeros(())), FIT),
+    "whole numbers": (put(model__diffusion_model__out__2__bias=torch.zeros(4, dtype=torch.int64)), FIT),
+    "not a number": (
+        put(first_stage_model__quant_conv__bias=torch.full((8,), torch.inf)),
+        "not finite (quant_conv.bias",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_file_that_does_not_fit_is_refused_in_one_sentence(tmp_path: Path, one_file: tuple, name: str) -> None:
+    change, expected = BAD_FILES[name]
+    file = single(change(one_file[0]), tmp_path / "x.safetensors")
+    assert expected in refusal(file, tmp_path, one_file[1])
+
+
+def refusal(file: Path, folder: Path, config: Path | None) -> str:
+    """The one sentence; nothing is written."""
+    before = {*folder.iterdir()}
+    with pytest.raises(InputError) as refused:
+        convert(file, folder / "made", config)
+    assert "\n" not in str(refused.value)
+    assert {*folder.iterdir()} == before
+    return str(refused.value)
+
+
+def without_file(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def configured(name: str, **values: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(content | values))
+
+    return change
+
+
+UNET, VAE, TEXT = "unet/config.json", "vae/config.json", "text_encoder/config.json"
+BAD_CONFIGS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "nothing": (shutil.rmtree, "has no model_index.json; name a diffusers folder"),
+    "no index": (without_file("model_index.json"), "has no model_index.json; name a diffusers folder"),
+    "an index that is none": (lambda folder: (folder / "model_index.json").write_text("["), "is not valid JSON"),
+    "no UNet": (without_file(UNET), "unet/config.json is missing"),
+    "no autoencoder": (without_file(VAE), "vae/config.json is missing"),
+    "no text encoder": (without_file(TEXT), "text_encoder/config.json is missing"),
+    "no schedule": (without_file("scheduler/scheduler_config.json"), "has no scheduler/scheduler_config.json"),
+    "no vocabulary": (without_file("tokenizer/tokenizer.json"), "has 2 words, its text encoder"),
+    "no tokenizer": (lambda folder: shutil.rmtree(folder / "tokenizer"), "lists tokenizer"),
+    "another kind": (configured(UNET, _class_name="UNet2DModel"), "describes a UNet2DModel; name a folder of Stable"),
+    "an unknown kind": (configured(UNET, _class_name="X"), "describes 'X'"),
+    "an unknown part": (configured("model_index.json", extra=["evil", "Code"]), "has extra ['evil', 'Code']"),
+    "more than captions": (configured(UNET, addition_embed_type="text_time"), "addition_embed_type 'text_time'"),
+    "other blocks": (configured(UNET, down_block_types=["X", "Y"]), FIT),
+    "another width": (configured(UNET, cross_attention_dim=16), FIT),
+    "more layers": (configured(UNET, layers_per_block=2), FIT),
+    "layers without end": (configured(UNET, layers_per_block=10**9), "more than its weights hold"),
+    "width without end": (configured(UNET, block_out_channels=[2**40, 2**40]), FIT),
+    "another autoencoder": (configured(VAE, latent_channels=8), "its autoencoder's latents have 8"),
+    "a narrower autoencoder": (configured(VAE, block_out_channels=[4, 4]), FIT),
+    "another text encoder": (configured(TEXT, hidden_size=16), FIT),
+    "text layers without end": (configured(TEXT, num_hidden_layers=10**9), "more than its weights hold"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CONFIGS)
+def test_configs_that_do_not_fit_are_refused_in_one_sentence(tmp_path: Path, one_file: tuple, name: str) -> None:
+    change, expected = BAD_CONFIGS[name]
+    config = bare(one_file[1], tmp_path / "config")
+    change(config)
+    assert expected in refusal(single(one_file[0], tmp_path / "x.safetensors"), tmp_path, config)
+
+
+def test_without_a_folder_of_configs_the_sentence_says_what_to_name(tmp_path: Path, one_file: tuple) -> None:
+    said = refusal(single(one_file[0], tmp_path / "x.safetensors"), tmp_path, None)
+    assert "name a diffusers folder of the same kind of model with --config" in said
+
+
+@pytest.mark.parametrize("length", [0, 10, 5000, -1])
+def test_a_damaged_safetensors_file_is_refused_in_one_sentence(tmp_path: Path, one_file: tuple, length: int) -> None:
+    file = single(one_file[0], tmp_path / "x.safetensors")
+    file.write_bytes(file.read_bytes()[:length])
+    assert "is no checkpoint that torch can read" in refusal(file, tmp_path, one_file[1])
+    file.write_bytes(b"no tensors at all" * 99)
+    assert "is no checkpoint that torch can read" in refusal(file, tmp_path, one_file[1])
+
+
+def test_a_uvit_in_safetensors_is_converted_as_well(tmp_path: Path) -> None:
+    network = UVit(sample_size=8, width=128, depth=2, heads=2)
+    convert(single(network.state_dict(), tmp_path / "x.safetensors"), tmp_path / "model")
+    assert describe(str(tmp_path / "model")).family == "uvit"

@@ -7,8 +7,9 @@ import os
 import random
 import signal
 import socket
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,9 @@ import pandas as pd
 import pytest
 from sklearn.datasets import load_digits
 
-from oms_core import images
+from oms_core import images, layouts
 from oms_core.assemble import png
-from oms_core.decode import Profile
+from oms_core.decode import Profile, decode
 from oms_core.errors import InputError
 from oms_core.images import ImageSet, open_images
 from oms_core.run import Run, plan
@@ -329,6 +330,119 @@ def test_a_picture_that_changes_while_it_is_in_use_is_refused(tmp_path: Path) ->
     (tmp_path / "member/a.png").unlink()
     with pytest.raises(InputError, match=r"a\.png was removed"):
         found.pixels(GREY)
+
+
+# A set that is opened again
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """What was decoded since; files count as old."""
+    seen: list[bytes] = []
+
+    def counted(data: bytes) -> object:
+        seen.append(data)
+        return decode(data)
+
+    monkeypatch.setattr(images, "decode", counted)
+    monkeypatch.setattr(images, "TICK", -(10**12))
+    return seen
+
+
+def later(path: Path) -> None:
+    """As if it had been written a second later, which may be less than a clock's tick."""
+    changed = path.stat().st_mtime_ns + 10**9
+    os.utime(path, ns=(changed, changed))
+
+
+def rewritten(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+    later(path)
+
+
+TABLE = b"file_name,member,text\nmember/a.png,1,x\nnonmember/b.png,0,y\n"
+FILES = {"member/a.png": A, "nonmember/b.png": B, "metadata.csv": TABLE}
+
+
+def test_an_unchanged_folder_is_not_read_again(
+    tmp_path: Path, opened: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = open_images(str(folder_of(tmp_path, FILES)))
+    assert sorted(opened) == sorted([A, B])
+
+    def refuse(*_: object) -> None:
+        pytest.fail("a file is read")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(layouts, "read_regular", refuse)
+        again = open_images(str(tmp_path))
+        joined = [plan(Run(images=str(tmp_path), attacks=("PIA",))).images for _ in range(2)]
+    assert len(opened) == 2
+    assert again.digest == first.digest
+    assert sorted(joined[0].table.image) == sorted(joined[1].table.image) == sorted(first.table.image)
+    assert again.read(0) == A
+
+
+CHANGES: dict[str, Callable[[Path], None]] = {
+    "a picture": lambda folder: rewritten(folder / "member/a.png", C),
+    "a picture added": lambda folder: (folder / "metadata.csv").write_bytes(TABLE + b"new.png,1,z\n"),
+    "a picture removed": lambda folder: (folder / "member/a.png").unlink(),
+    "a picture renamed": lambda folder: (folder / "member/a.png").rename(folder / "member/z.png"),
+    "a role": lambda folder: rewritten(folder / "metadata.csv", TABLE.replace(b"1,x", b"0,x")),
+    "a caption": lambda folder: rewritten(folder / "metadata.csv", TABLE.replace(b",y", b",z")),
+    "no table any more": lambda folder: (folder / "metadata.csv").unlink(),
+    "a picture behind a link": lambda folder: rewritten(folder.parent / "elsewhere/d.png", C),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_is_seen_when_a_set_is_opened_again(tmp_path: Path, opened: list[bytes], change: str) -> None:
+    folder_of(tmp_path / "elsewhere", {"d.png": D})
+    folder = folder_of(tmp_path / "set", FILES | {"new.png": C, "metadata.csv": TABLE + b"d.png,0,\n"})
+    (folder / "d.png").symlink_to(tmp_path / "elsewhere/d.png")
+    before = open_images(str(folder))
+    CHANGES[change](folder)
+    after = open_images(str(folder))
+    images.remembered.cache_clear()
+    pd.testing.assert_frame_equal(after.table, open_images(str(folder)).table)
+    assert not after.table.equals(before.table)
+
+
+def test_a_file_added_to_or_removed_from_a_folder_is_seen(tmp_path: Path, opened: list[bytes]) -> None:
+    folder = folder_of(tmp_path, {"member/a.png": A, "nonmember/b.png": B})
+    assert len(open_images(str(folder))) == 2
+    folder_of(folder, {"member/deep/c.png": C, "auxiliary/d.png": D})
+    assert len(open_images(str(folder))) == 4
+    (folder / "member/a.png").unlink()
+    assert set(open_images(str(folder)).table.image) == {images.sha256(data) for data in (B, C, D)}
+
+
+def test_what_has_just_been_written_is_read_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two changes within a tick of the file system's clock may leave the same stamp."""
+    now = time.time_ns() + 10**11
+    monkeypatch.setattr(images, "stamps", lambda path: (layouts.Stamp(path, 0, 0, now),))
+    for data in (A, B, C):
+        found = open_images(str(folder_of(tmp_path, {"member/a.png": data})))
+        assert [*found.table.image] == [images.sha256(data)]
+
+
+@pytest.mark.parametrize("change", [lambda path: path.write_bytes(C), Path.unlink])
+def test_a_change_that_no_stamp_shows_is_refused_once_and_seen_afterwards(
+    tmp_path: Path, opened: list[bytes], monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None]
+) -> None:
+    monkeypatch.setattr(images, "stamps", lambda path: (layouts.Stamp(path, 0, 0, 0),))
+    folder = folder_of(tmp_path, {"member/a.png": A, "member/b.png": B})
+    open_images(str(folder))
+    change(folder / "member/a.png")
+    with pytest.raises(InputError, match="open the set again"):
+        open_images(str(folder)).read(0)
+    again = open_images(str(folder))
+    assert all(images.sha256(again.read(row)) == image for row, image in again.table.image.items())
+
+
+def test_a_refused_set_is_read_again(tmp_path: Path, opened: list[bytes]) -> None:
+    assert "There is no image set" in refusal(tmp_path / "set")
+    assert len(open_images(str(folder_of(tmp_path / "set", {"a.png": A})))) == 1
 
 
 # What a set can do

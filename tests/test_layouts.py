@@ -14,6 +14,7 @@ import sys
 import warnings
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +25,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from oms_core import layouts, rows
+from oms_core import images, layouts, rows
 from oms_core.assemble import png
 from oms_core.decode import Profile
 from oms_core.errors import InputError
@@ -367,6 +368,14 @@ def test_only_the_row_groups_in_use_are_in_memory(tmp_path: Path, monkeypatch: p
     assert read == [0, 5, 2, 0]
 
 
+def test_several_threads_read_the_same_pictures(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"png": PNGS}), tmp_path / "x.parquet", row_group_size=1)
+    found = open_images(str(tmp_path / "x.parquet"))
+    order = [*np.random.default_rng(0).integers(0, len(PNGS), 300).tolist()]
+    with ThreadPoolExecutor(4) as pool:
+        assert [*pool.map(found.read, order)] == [PNGS[row] for row in order]
+
+
 def test_parquet_without_words_or_with_gaps_opens(tmp_path: Path) -> None:
     pq.write_table(pa.table({"jpg": [A, None, b"no picture"]}), tmp_path / "x.parquet")
     found = open_images(str(tmp_path / "x.parquet"))
@@ -454,6 +463,8 @@ def test_pickled_cifar_is_refused_and_the_binary_version_named(tmp_path: Path, n
 
 # The hub
 
+NONE = np.array([], int)
+
 
 class Table(list):
     """What is used of a `datasets.Dataset`."""
@@ -502,6 +513,15 @@ def test_what_the_hub_does_not_have_is_refused(monkeypatch: pytest.MonkeyPatch) 
     assert "o/n has no column of pictures" in refusal("hub:o/n")
     assert "o/n cannot be fetched; check its name" in refusal("hub:o/n:nowhere")
     assert "cannot be fetched; check its name" in refusal("hub:")
+
+
+def test_a_data_set_of_the_hub_is_asked_for_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "TICK", -(10**12))  # all files count as old
+    split = split_of(tmp_path / "s.npz", **named([0], NONE))
+    for data in (A, B):
+        pretend(monkeypatch, {("o/n", "train"): Table([{"png": data}])})
+        for name in ("hub:o/n", "member=hub:o/n", f"{split}@hub:o/n"):
+            assert open_images(name).read(0) == data
 
 
 def test_without_the_library_the_sentence_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -660,6 +680,55 @@ def test_a_picture_that_changes_while_it_is_in_use_is_refused(tmp_path: Path, ma
         found.read(0)
     assert "\n" not in str(refused.value)
     assert open_images(name).read(0) == B
+
+
+# A set that is opened again
+
+
+def of_cifar(root: Path, data: bytes) -> str:
+    return str(folder_of(root / "cifar", {"train.bin": data.ljust(2 * 3074, b"0")[: 2 * 3074]}))
+
+
+def of_split(root: Path, data: bytes) -> str:
+    return f"{split_of(root / 's.npz', **named([0], [1]))}@{in_zip(root, data)}"
+
+
+def of_both(root: Path, data: bytes) -> str:
+    return f"member={in_folder(root, data)},nonmember={in_parquet(root, D)}"
+
+
+@pytest.mark.parametrize("make", [in_folder, in_zip, in_parquet, of_cifar, of_split, of_both])
+def test_a_set_is_read_again_only_when_its_files_have_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[..., str]
+) -> None:
+    read, original = [], images.decode
+    monkeypatch.setattr(images, "decode", lambda data: read.append(data) or original(data))
+    monkeypatch.setattr(images, "TICK", -(10**12))  # all files count as old
+    name = make(tmp_path, A)
+    first, seen = open_images(name), len(read)
+    assert open_images(name).table.equals(first.table)
+    assert len(read) == seen
+    make(tmp_path, B)
+    later(tmp_path)
+    assert open_images(name).table.image[0] != first.table.image[0]
+    assert len(read) > seen
+
+
+def later(folder: Path) -> None:
+    """As if all had been written a second later, which may be less than a clock's tick."""
+    for path in filter(Path.is_file, folder.rglob("*")):
+        changed = path.stat().st_mtime_ns + 10**9
+        os.utime(path, ns=(changed, changed))
+
+
+@pytest.mark.parametrize("indices", [named([1], [0]), named([0], NONE)])
+def test_another_split_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, indices: dict[str, Any]) -> None:
+    monkeypatch.setattr(images, "TICK", -(10**12))
+    name = of_split(tmp_path, A)
+    before = open_images(name)
+    split_of(tmp_path / "s.npz", **indices)
+    later(tmp_path)
+    assert [*open_images(name).table.role] != [*before.table.role]
 
 
 # Memory

@@ -16,7 +16,10 @@ from oms_core.jobs import SERVICE
 from pages.common.shell import job_key
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ["app.py", "pages/1_Step_the_search.py", "pages/2_Convergence.py", "pages/3_Attacks.py"]
+PAGES = [
+    "app.py", "pages/1_Step_the_search.py", "pages/2_Convergence.py", "pages/3_Attacks.py", "pages/4_Sweep.py",
+    "pages/5_Paper_method_limits.py",
+]  # fmt: skip
 BAD_ADDRESSES = {
     "model": "../../etc/passwd",
     "images": "/etc",

@@ -2,14 +2,24 @@
 
 from oms_core.attacks.base import Attack, Learned, Probe, Search
 from oms_core.attacks.clid import CLID
+from oms_core.attacks.jacobian import JACOBIAN
 from oms_core.attacks.naive import NA
 from oms_core.attacks.pia import PIA, PIAN
+from oms_core.attacks.quantile import QR
 from oms_core.attacks.repeated import NA_REPEATED, PIA_REPEATED, PIAN_REPEATED, SECMI_REPEATED
 from oms_core.attacks.secmi import SECMI, SECMI_RELEASED, SECMI_X_T
 from oms_core.attacks.sima import SIMA
+from oms_core.attacks.trajectory import (
+    NA_CALIBRATED,
+    NA_TRAJECTORY,
+    PIA_CALIBRATED,
+    PIA_TRAJECTORY,
+    SECMI_TRAJECTORY,
+)
 
 ALL = (
-    *(NA, PIA, PIAN, SECMI, SECMI_X_T, SECMI_RELEASED, SIMA, CLID),
+    *(NA, PIA, PIAN, SECMI, SECMI_X_T, SECMI_RELEASED, SIMA, CLID, JACOBIAN, QR),
+    *(NA_TRAJECTORY, PIA_TRAJECTORY, SECMI_TRAJECTORY, NA_CALIBRATED, PIA_CALIBRATED),
     *(NA_REPEATED, PIA_REPEATED, PIAN_REPEATED, SECMI_REPEATED),
 )
 ATTACKS = {attack.name: attack for attack in ALL}

@@ -11,7 +11,7 @@ from typing import Any
 import streamlit as st
 
 from oms_core import catalog
-from oms_core.attacks import ATTACKS
+from oms_core.attacks import ATTACKS, SEARCHES
 from oms_core.errors import InputError
 from oms_core.images import BUILT_IN
 from oms_core.run import Run, plan
@@ -138,7 +138,7 @@ def current() -> Context:
     context = replace(context, **values)
     problems += unusable(context)
     if problems and unusable(context):
-        context = replace(context, t=None, images="", captions="given")
+        context = replace(context, t=None, images="", captions="given", attack="NA")
     if values or problems:
         state[PROBLEMS] = problems
     write(context)
@@ -176,6 +176,14 @@ def including(options: list[int | None], name: str) -> list[int | None]:
     """A slider's numbers with the chosen one among them; None stays at its end."""
     numbers = sorted({option for option in (*options, getattr(st.session_state[STATE], name)) if option is not None})
     return [None, *numbers] if options[0] is None else [*numbers, None]
+
+
+def searching(context: Context) -> Context:
+    """The context with an attack that is a search; in place of another one the search that it builds on."""
+    if context.attack in SEARCHES:
+        return context
+    update(attack=ATTACKS[context.attack].shown_as or "NA")
+    return st.session_state[STATE]
 
 
 def control(widget: Callable[..., Any], label: str, name: str, **options: Any) -> Any:

@@ -14,13 +14,13 @@ import pandas as pd
 import streamlit as st
 
 from oms_core import catalog
-from oms_core.compute import score
+from oms_core.compute import score, score_each
 from oms_core.decode import decode
 from oms_core.errors import InputError
 from oms_core.figures import Chart
 from oms_core.images import ASSETS, BUILT_IN
 from oms_core.jobs import SERVICE, Job
-from oms_core.run import Plan, Run, lookup, plan
+from oms_core.run import Plan, Run, calls, lookup, plan
 from pages.common import context as chosen
 from pages.common.context import Context, control, current, including
 
@@ -38,6 +38,8 @@ PAGES = (
     ("pages/1_Step_the_search.py", "Step the search", ":material/directions_walk:"),
     ("pages/2_Convergence.py", "Convergence", ":material/trending_down:"),
     ("pages/3_Attacks.py", "Attacks", ":material/troubleshoot:"),
+    ("pages/4_Sweep.py", "Sweep", ":material/grid_on:"),
+    ("pages/5_Paper_method_limits.py", "Paper, method, limits", ":material/menu_book:"),
 )
 
 
@@ -246,17 +248,32 @@ def signals(run: Run, what: str) -> tuple[Plan, dict[str, pd.DataFrame], bool]:
     known = lookup(planned)
     if len(known) == len(planned.tasks):
         return planned, known, True
-    key = job_key(planned)
-    job = SERVICE.find(key)
+    job = attended([planned], what)
+    came_in = {task.attack.name: job.so_far(task.attack.name) for task in planned.tasks} if job else {}
     done = job is not None and job.state == "done"
+    return planned, known | {name: rows for name, rows in came_in.items() if rows is not None}, done
+
+
+def gathered(runs: list[Run], what: str) -> tuple[list[tuple[Plan, dict[str, pd.DataFrame]]], bool]:
+    """The distances of several runs where all are known; else the controls to compute those that are missing."""
+    found = [(planned, lookup(planned)) for planned in map(plan, runs)]
+    missing = [planned for planned, known in found if len(known) < len(planned.tasks)]
+    if missing:
+        attended(missing, what)
+    return found, not missing
+
+
+def attended(missing: list[Plan], what: str) -> Job | None:
+    """The job that computes some plans, with its controls: watched while it lives, else offered."""
+    key = " ".join(job_key(planned) for planned in missing)
+    job = SERVICE.find(key)
     if job is not None and job.live:
         watch(key)
-    elif done:
+    elif job is not None and job.state == "done":
         st.caption("These results could not be kept on disk; they last as long as the app runs.")
     else:
-        offer(planned, job, what, key)
-    came_in = {task.attack.name: job.so_far(task.attack.name) for task in planned.tasks} if job else {}
-    return planned, known | {name: rows for name, rows in came_in.items() if rows is not None}, done
+        offer(missing, job, what, key)
+    return job
 
 
 def job_key(planned: Plan) -> str:
@@ -270,23 +287,30 @@ def viewer() -> str:
     return st.session_state.setdefault("viewer", uuid.uuid4().hex)
 
 
-def offer(planned: Plan, job: Job | None, what: str, key: str) -> None:
+def offer(missing: list[Plan], job: Job | None, what: str, key: str) -> None:
     """Say that something must be computed first, what became of the last try, and how to start."""
     warm_up()
     if job is not None and job.state == "failed":
         st.error(job.error)
     elif job is not None and job.state == "cancelled":
         st.info(f"Cancelled after {job.done} of {job.total} pictures; what was finished is kept.")
-    calls = sum(task.attack.calls(task.t) + planned.run.steps - 1 for task in planned.tasks)
+    asked = sum(asked_at_most(planned) for planned in missing)
     left, right = st.columns([3, 1], vertical_alignment="center")
-    left.info(
-        f"{what} asks the model at most {calls} times for each of {len(planned.images)} pictures. Nothing is kept yet."
-    )
+    pictures = max(len(planned.images) for planned in missing)
+    left.info(f"{what} asks the model at most {asked} times for each of {pictures} pictures. Nothing is kept yet.")
     if right.button("Run", type="primary", key=f"run {what}", width="stretch"):
         with guarded():
-            run = planned.run
-            SERVICE.submit(key, lambda tick: score(run, tick), viewer())
+            runs = [planned.run for planned in missing]
+            SERVICE.submit(
+                key, lambda tick: score(runs[0], tick) if len(runs) == 1 else score_each(runs, tick), viewer()
+            )
             st.rerun()
+
+
+def asked_at_most(planned: Plan) -> int:
+    """Model calls per picture of all attacks of a plan, each run alone."""
+    counted = calls(planned)
+    return sum(max(count for (name, _), count in counted.items() if name == task.attack.name) for task in planned.tasks)
 
 
 @st.fragment(run_every=1)
@@ -313,6 +337,8 @@ def progress_sentence(job: Job) -> str:
     """How far, how fast, how long still."""
     if not job.done:
         return "Loading the model ..."
+    if job.stage == "fit":
+        return "Fitting what learns from the distances ..."
     if job.stage == "captions":
         return f"BLIP has captioned {job.done} of {job.total} pictures"
     left = (job.total - job.done) / job.rate
