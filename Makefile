@@ -1,8 +1,10 @@
 # Two commands: `make app` starts the app, `make test` runs every test. Both install what they need, once.
 PYTHON ?= python3
 VENV := .venv
-MODELS := ddpm-digits ddpm-fashion uvit-digits sd-fashion
 BIN := $(VENV)/bin
+MODELS := ddpm-digits ddpm-fashion uvit-digits uvit-fashion sd-fashion
+SWEPT := 50 70 90 110 130 150 170 190 210 230 250 300 350
+OMS := $(BIN)/python -m oms_core
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: app test check format signals clean
@@ -21,16 +23,22 @@ format: $(VENV)/.installed-test
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# The precomputed scenes, made by the command that a user would run.
+# The precomputed scenes, made by the commands that a user would run. Gradients are too large to ship; what is learned
+# from them is not.
 signals: export OMS_CACHE := assets/signals
 signals: $(VENV)/.installed
+	$(OMS) score --model ddpm-digits --attack NA,PIA --steps 10 --traces 8
 	for model in $(MODELS); do \
-	  $(BIN)/python -m oms_core score --model $$model --attack NA,PIA --steps 10 --traces 8 && \
-	  $(BIN)/python -m oms_core score --model $$model || exit 1; \
+	  $(OMS) score --model $$model --attack NA --steps 10 --traces 8 && \
+	  $(OMS) evaluate --model $$model || exit 1; \
 	done
-	for captions in blip none; do \
-	  $(BIN)/python -m oms_core score --model sd-fashion --captions $$captions || exit 1; \
-	done
+	for captions in blip none; do $(OMS) evaluate --model sd-fashion --captions $$captions || exit 1; done
+	for table in 1 2 3 4 5 6 schemes trajectory; do $(OMS) table $$table || exit 1; done
+	for figure in 1 2a 2b B1 B2; do $(OMS) figure $$figure --out $(VENV)/figure.html || exit 1; done
+	for attack in NA PIA SecMI; do for t in $(SWEPT); do \
+	  $(OMS) score --attack $$attack --t $$t --limit 800 || exit 1; \
+	done; done
+	grep -rl '"attack": "gradients"' --include=manifest.json assets/signals | xargs -r -n 1 dirname | xargs -r rm -r
 
 $(VENV)/.installed: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -53,8 +53,22 @@ CARDS = (
         "A small Stable Diffusion on latents. What is the caption worth: given, written by BLIP, or none?",
         {"model": "sd-fashion", "n": "2", "captions": "blip"},
     ),
+    (
+        "When does it work?",
+        "pages/4_Sweep.py",
+        ":material/grid_on:",
+        "Every timestep against every distance, as a grid. Click a cell, and every page goes there.",
+        {"model": "ddpm-digits"},
+    ),
+    (
+        "Beside the paper",
+        "pages/5_Paper_method_limits.py",
+        ":material/menu_book:",
+        "The paper's six tables next to what these small models give, and where the method ends.",
+        {},
+    ),
 )
-PER_ROW = 3
+PER_ROW = 4
 
 
 def cards() -> None:

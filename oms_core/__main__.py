@@ -29,6 +29,8 @@ EPILOG = """examples:
   python -m oms_core table 1
   python -m oms_core images member=FOLDER,nonmember=FILE.zip           what an image set holds
   python -m oms_core convert ckpt.pt --to FOLDER                       a research checkpoint as diffusers folder
+  python -m oms_core convert v1-5.safetensors --to FOLDER --config DIFFUSERS_FOLDER
+  python -m oms_core report --out FOLDER                               every figure and table in one file
 
 An attack starts a search for the noise of a picture, eps^n = f(eps^(n-1)). n = 1 is the attack as published,
 n = 2 adds One More Step (OMS). Larger scores mean: more likely a member of the training set.
@@ -105,9 +107,14 @@ def add_tools(commands: Any) -> None:
     seeing.add_argument("name", metavar="DESCRIBE", help="digits, fashion, a folder, .zip, .parquet, or hub:owner/name")
     seeing.add_argument("--json", action="store_true", help="print JSON")
 
-    converting = add(commands, "convert", convert_command, "make a diffusers folder of a research checkpoint")
-    converting.add_argument("file", type=Path, help="a .pt of the pytorch-ddpm family, or U-ViT's .pth")
+    converting = add(commands, "convert", convert_command, "make a diffusers folder of a checkpoint")
+    converting.add_argument(
+        "file", type=Path, help="a .pt of the pytorch-ddpm family, U-ViT's .pth, or a Stable Diffusion .safetensors"
+    )
     converting.add_argument("--to", type=Path, required=True, help="the folder to make")
+    converting.add_argument(
+        "--config", type=Path, help="for Stable Diffusion: a diffusers folder of the same kind (weights not needed)"
+    )
 
     assembling = add(commands, "assemble", assemble_command, "make the built-in image sets from their originals")
     assembling.add_argument("--source", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
@@ -306,7 +313,8 @@ def images_command(options: argparse.Namespace) -> None:
 def convert_command(options: argparse.Namespace) -> None:
     from oms_core.convert import convert
 
-    print(f"{options.file} is {convert(options.file, options.to)}; written to {options.to}")
+    made = convert(options.file, options.to, options.config)
+    print(f"{options.file} is {made}; written to {options.to}")
 
 
 def assemble_command(options: argparse.Namespace) -> None:

@@ -207,18 +207,39 @@ class Gaussian:
         return self.factor(t) / self.coefficients(t)[1] * x_t
 
 
-def probe(tau: float = 0.5) -> Probe:
-    return Probe(Gaussian(tau), drawn(0), None, lambda k: drawn(1 + k))
+class Bent(Gaussian):
+    """A denoiser whose map contracts by another factor at every iterate."""
+
+    def eps(self, x_t: Tensor, t: int, condition: object = None) -> Tensor:
+        return torch.tanh(2 * super().eps(x_t, t).roll(1, dims=-1)) + x_t / 5
+
+
+def probe(denoiser: Gaussian | None = None) -> Probe:
+    return Probe(denoiser or Bent(0.5), drawn(0), None, lambda k: drawn(1 + k))
 
 
 @pytest.mark.parametrize("t", [50, 300, 900])
 @pytest.mark.parametrize("tau", [0.1, 1.0])
 def test_before_a_gaussian_the_norm_the_ratio_and_the_contraction_are_the_known_factor(t: int, tau: float) -> None:
-    on = probe(tau)
+    on = probe(Gaussian(tau))
     signal = JACOBIAN.measure(on, t, 3)
     assert list(signal) == JACOBIAN.columns(3)
     for values in signal.values():
         torch.testing.assert_close(values, torch.full((3,), on.denoiser.factor(t)), rtol=1e-4, atol=1e-6)
+
+
+def test_the_attack_measures_at_every_iterate() -> None:
+    on = probe()
+    f, signal = on.map(300), JACOBIAN.measure(on, 300, 4)
+    eps = fixed_point(f, [on.noise], 4).eps
+    for n in range(4):
+        torch.testing.assert_close(signal[f"jacobian n={n}"], jacobian_norm(f, eps[n]).value, rtol=0.01, atol=0)
+    delta = [(eps[n] - eps[n - 1]).flatten(1).norm(dim=1) for n in range(1, 5)]
+    for n in range(1, 4):
+        torch.testing.assert_close(signal[f"ratio n={n}"].double(), delta[n] / delta[n - 1], rtol=1e-5, atol=0)
+    for n in range(2, 5):
+        assert torch.equal(signal[f"contraction n={n}"], contraction(Trajectory(eps[: n + 1])))
+    assert (signal["jacobian n=0"] / signal["jacobian n=3"] - 1).abs().min() > 0.02
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])

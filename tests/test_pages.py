@@ -71,6 +71,8 @@ def test_a_precomputed_scene_says_its_numbers(page: str, model: str) -> None:
         "1_": "After step 2 the noise of",
         "2_": "the median residual of members is",
         "3_": "gain in AUC points with its 95 % interval",
+        "4_": "separates best by d(" if model == "ddpm-digits" else "asks the model at most",
+        "5_": "what the paper reports stands in columns of its own",
     }
     assert next(text for key, text in expected.items() if key in page) in said
 
@@ -126,7 +128,7 @@ def test_a_broken_card_is_one_sentence(page: str, monkeypatch: pytest.MonkeyPatc
     assert "card.json is not valid JSON" in test.error[0].value
 
 
-@pytest.mark.parametrize("page", PAGES[2:])
+@pytest.mark.parametrize("page", PAGES[2:5])
 def test_what_is_not_known_yet_is_offered_and_runs_to_its_end(page: str) -> None:
     test = opened(page, limit="20", t="60")
     assert not test.exception
@@ -149,17 +151,18 @@ def finished(test: AppTest) -> None:
             SERVICE.ask(lambda: None)
 
 
-@pytest.mark.parametrize("page", PAGES[2:])
+@pytest.mark.parametrize("page", PAGES[2:4])
 def test_a_running_job_shows_its_progress_and_what_has_come_in(page: str) -> None:
     from dataclasses import replace
 
     from oms_core.attacks import COMPARED
     from oms_core.compute import score
+    from oms_core.evaluation import with_rivals
     from oms_core.run import plan
     from pages.common.context import Context
 
     context = Context(t=70, limit=40)
-    run = context.run(COMPARED, 3) if "3_" in page else context.run(steps=10)
+    run = with_rivals(context.run(COMPARED, 3)) if "3_" in page else context.run(steps=10)
     signals = {name: rows.iloc[:30] for name, rows in score(replace(run, seed=1)).items()}
     go_on, half_way = threading.Event(), threading.Event()
 
@@ -182,6 +185,57 @@ def test_a_running_job_shows_its_progress_and_what_has_come_in(page: str) -> Non
     next(button for button in test.button if button.label == "Cancel").click().run()
     assert job.cancelled
     go_on.set()
+
+
+@pytest.mark.parametrize("view", ["Ratio of residuals", "Jacobian norm"])
+def test_convergence_is_looked_at_in_more_than_one_way(view: str) -> None:
+    test = opened("pages/2_Convergence.py")
+    test.segmented_control(key="look").set_value(view).run()
+    assert not test.exception
+    assert not test.error
+    assert "AUC of the " in words(test)
+
+
+@pytest.mark.parametrize("view", ["Gain by timestep", "Training epoch", "Iteration scheme"])
+def test_a_sweep_says_what_it_found(view: str) -> None:
+    test = opened("pages/4_Sweep.py")
+    test.segmented_control(key="view").set_value(view).run()
+    assert not test.exception
+    assert not test.error
+    assert "by the 95 % interval" in words(test)
+
+
+@pytest.mark.parametrize("table", ["1", "2", "3", "4", "5", "6"])
+def test_a_table_of_the_paper_stands_beside_what_was_measured(table: str) -> None:
+    test = opened("pages/5_Paper_method_limits.py")
+    test.segmented_control(key="table").set_value(table).run()
+    assert not test.exception
+    assert not test.error
+    (shown,) = [frame.value for frame in test.dataframe]
+    assert any(str(column).startswith("paper's") for column in shown)
+    assert "is not measured yet" not in words(test)
+
+
+@pytest.mark.parametrize("attack", ["QR", "GSA", "SimA", "NA-trajectory"])
+def test_any_attack_can_be_looked_at_closely(attack: str) -> None:
+    test = opened("pages/3_Attacks.py", attack=attack, n="2")
+    assert not test.exception
+    assert not test.error
+    assert not test.warning or "asks for" not in words(test)
+
+
+@pytest.mark.parametrize("page", ["pages/1_Step_the_search.py", "pages/2_Convergence.py", "pages/4_Sweep.py"])
+def test_an_attack_that_is_no_search_gives_way_to_the_search_it_builds_on(page: str) -> None:
+    test = opened(page, attack="SecMI-trajectory")
+    assert not test.exception
+    assert test.session_state["context"].attack == "SecMI"
+
+
+def test_an_attack_on_captions_is_refused_for_a_model_without() -> None:
+    test = opened("pages/3_Attacks.py", attack="CLiD")
+    assert not test.exception
+    assert "CLiD needs a model that takes captions" in words(test)
+    assert test.session_state["context"].attack == "NA"
 
 
 def test_step_back_and_reset_move_the_search() -> None:
