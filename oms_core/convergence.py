@@ -1,4 +1,4 @@
-"""How fast a search converges: the Jacobian norm of its map (Sec. 3.4) and its contraction constant (App. B.1)."""
+"""How strongly a map contracts at a point: the norm of its Jacobian (Sec. 3.4)."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from oms_core.errors import InputError
-from oms_core.search import Map, Trajectory
+from oms_core.search import Map
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 TOLERANCE = 1e-4  # relative growth of the norm at which a picture is done
 MOST = 50  # products with the Jacobian at a point
-ROUNDING = 10  # machine epsilons of an iterate's norm, below which a distance says nothing
 Product = Callable[["Tensor"], "Tensor"]  # from (B, D) to (B, D) float32
 
 
@@ -23,7 +22,8 @@ class Norm:
     """The Jacobian norm of a map at a point, for each picture of a batch.
 
     Attributes:
-        value: the largest singular value, (B,) float32; approached from below.
+        value: the largest singular value, (B,) float32; approached from below, so that where two lie close
+            together it may be the second.
         direction: the noise of length 1 that is stretched by it, (B, D) float32.
         products: how often the Jacobian was multiplied with a vector, and its transpose once less.
     """
@@ -122,29 +122,3 @@ def finite(vector: Tensor) -> Tensor:
     if vector.isfinite().all():
         return vector
     raise InputError("The derivative of the model is not finite here, so it has no norm; try float32 and fewer steps.")
-
-
-def contraction(trajectory: Trajectory) -> Tensor:
-    """The largest ||f(a) - f(b)|| / ||a - b|| over all pairs of iterates of a plain search with N >= 2, (B,) float32.
-
-    This and every ratio of successive residuals, which is one of them, are lower bounds of the contraction constant
-    of f. The paper does not say how it estimated its own (Fig. B.1a).
-    """
-    import torch
-
-    last = len(trajectory.eps) - 1
-    return torch.stack([stretch(trajectory, i, j) for j in range(1, last) for i in range(j)]).amax(dim=0)
-
-
-def stretch(trajectory: Trajectory, i: int, j: int) -> Tensor:
-    """d(i + 1, j + 1) / d(i, j), (B,) float32: by how much one step stretches what lies between two iterates.
-
-    With i = n - 1 and j = n it is the ratio of successive residuals, ||delta^(n+1)|| / ||delta^n||. It is zero where
-    the iterates differ by no more than rounding.
-    """
-    import torch
-
-    before, after = trajectory.distance(i, j, 2), trajectory.distance(i + 1, j + 1, 2)
-    size = trajectory.eps[j].float().flatten(1).norm(dim=1)
-    settled = before <= ROUNDING * torch.finfo(trajectory.eps[j].dtype).eps * size
-    return torch.where(settled, 0, after / before)

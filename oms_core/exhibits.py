@@ -267,7 +267,8 @@ TABLES = {
         laboratory.by_scheme, nothing,
     ),
     "trajectory": Table(
-        "A regression on the whole chain at equal model calls", ("ddpm", "uvit", "stable_diffusion"), ("NA", "PIA"),
+        "A regression on the whole chain at equal model calls", ("ddpm", "uvit", "stable_diffusion"),
+        ("NA", "PIA", "SecMI"),
         laboratory.against_chain, nothing,
     ),
 }  # fmt: skip

@@ -5,6 +5,7 @@ Every function takes runs and gives a row per figure; one pass over the model se
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -22,6 +23,7 @@ from oms_core.schemes import SCHEMES
 Rows = list[dict[str, Any]]
 Signals = dict[str, pd.DataFrame]
 SWEPT = (50, 70, 90, 110, 130, 150, 170, 190, 210, 230, 250)  # Fig. 2b
+ROUNDING = 1e-6  # of the size of a noise, single precision
 BUDGET = 2  # model calls beyond those of the start, as OMS spends
 PICTURES = 800  # of a sweep unless a number is given
 
@@ -140,14 +142,15 @@ def contraction(planned: Plan, rows: pd.DataFrame) -> pd.DataFrame:
     """The contraction constant of f along each picture's search: image, member, k (Fig. B.1).
 
     k is the largest ||f(a) - f(b)|| / ||a - b|| over all pairs of iterates. It is a lower bound of the true constant,
-    as every estimate from finitely many points is; the paper does not say how it estimated its own.
+    as every estimate from finitely many points is; the paper does not say how it estimated its own. Pairs that differ
+    by no more than rounding say nothing.
     """
     steps = planned.run.steps
-    found = np.zeros(len(rows))
+    found, rounding = np.zeros(len(rows)), ROUNDING * math.sqrt(planned.model.dimension)
     for j in range(1, steps):
         for i in range(j):
             before, after = (rows[column(i + k, j + k, 2)].to_numpy() for k in (0, 1))
-            found = np.fmax(found, np.divide(after, before, out=np.full(len(rows), np.nan), where=before > 0))
+            found = np.fmax(found, np.divide(after, before, out=np.full(len(rows), np.nan), where=before > rounding))
     return pd.DataFrame({"image": rows.image, "member": members(planned, rows), "k": found})
 
 

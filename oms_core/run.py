@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from oms_core import cache, captions, catalog
-from oms_core.attacks import ATTACKS, COMPARED, Attack, Learned
+from oms_core.attacks import ATTACKS, COMPARED, Attack, Learned, Search
 from oms_core.attacks.base import MAX_STEPS, NORMS, column
 from oms_core.catalog import Model
 from oms_core.device import DEVICES, DTYPES
@@ -263,12 +263,16 @@ def steps_of(attack: Attack, run: Run) -> range:
 
 def calls(planned: Plan) -> dict[tuple[str, int], int]:
     """Model calls per picture of each attack run alone, by attack and n."""
-    more = SCHEMES[planned.run.scheme].calls
     return {
-        (task.attack.name, n): task.attack.calls_at(task.t, 1 + more * (n - 1))
+        (task.attack.name, n): task.attack.calls_at(task.t, n) + calls_of_scheme(task.attack, n, planned.run.scheme)
         for task in planned.tasks
         for n in steps_of(task.attack, planned.run)
     }
+
+
+def calls_of_scheme(attack: Attack, n: int, scheme: str) -> int:
+    """What an iteration scheme asks beyond plain iteration."""
+    return (SCHEMES[scheme].calls - 1) * (n + 1 - attack.given) if isinstance(attack, Search) else 0
 
 
 def residuals(planned: Plan, rows: pd.DataFrame) -> pd.DataFrame:

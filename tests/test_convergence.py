@@ -1,4 +1,4 @@
-"""The Jacobian norm, the contraction of a search, and every scheme of searching, against linear algebra."""
+"""The Jacobian norm, and every scheme of searching, against linear algebra."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from torch import Tensor
 from oms_core.attacks import Probe
 from oms_core.attacks.jacobian import JACOBIAN, PER_STEP
 from oms_core.catalog import describe
-from oms_core.convergence import MOST, contraction, jacobian_norm, stretch
+from oms_core.convergence import MOST, jacobian_norm
 from oms_core.decode import Profile
 from oms_core.denoiser import Denoiser
 from oms_core.device import Placement
 from oms_core.errors import InputError
 from oms_core.families import load
 from oms_core.schemes import DEPTH, SCHEMES
-from oms_core.search import Map, Trajectory, diffuse, fixed_point
+from oms_core.search import Map, diffuse, fixed_point
 
 CPU = Placement("cpu", "float32")
 SHAPE = (3, 1, 4, 4)
@@ -127,13 +127,15 @@ def test_a_derivative_that_is_not_finite_is_refused_in_one_sentence() -> None:
     assert str(refused.value).endswith(".")
 
 
-KINDS = ("ddpm", "ddpm-digits", "uvit", "stable_diffusion", "dit", "pixart", "sd3")
+KINDS = ("ddpm", "ddpm-digits", "uvit", "stable_diffusion", "dit", "pixart", "sd3", "ideal")
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def denoiser(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, pipeline: Path) -> Denoiser:
     if request.param in ("ddpm", "ddpm-digits"):
         return load(describe(str(pipeline) if request.param == "ddpm" else request.param), CPU)
+    if request.param == "ideal":
+        return load(describe("ideal:digits"), CPU)
     folder = tmp_path_factory.mktemp("models") / request.param
     return load(describe(str(getattr(tiny, f"save_{request.param}")(folder))), CPU)
 
@@ -153,35 +155,6 @@ def test_the_norm_is_that_of_the_whole_jacobian_for_every_family(denoiser: Denoi
     expected = torch.stack([torch.linalg.matrix_norm(whole[k, :, k], 2) for k in (0, 1)])
     with torch.no_grad():
         torch.testing.assert_close(jacobian_norm(f, eps).value, expected, rtol=0.01, atol=0)
-
-
-# The contraction
-
-
-@pytest.mark.parametrize("q", [0.2, 0.7, -0.9, 1.3])
-def test_a_map_that_shrinks_all_alike_contracts_by_that_factor(q: float) -> None:
-    trajectory = fixed_point(lambda eps: q * eps, [drawn(0)], 6)
-    expected = torch.full((3,), abs(q))
-    torch.testing.assert_close(contraction(trajectory), expected)
-    for n in range(1, 6):
-        torch.testing.assert_close(stretch(trajectory, n - 1, n), expected)
-
-
-def test_a_contraction_is_the_largest_ratio_over_all_pairs_and_no_more_than_the_norm() -> None:
-    f = affine(turned(spread(0.1, 0.9), 4)[None], drawn(7))
-    trajectory = fixed_point(f, [drawn(0)], 5)
-    pairs = [(a, b) for a in trajectory.eps[:-1] for b in trajectory.eps[:-1] if a is not b]
-    ratios = [(f(a) - f(b)).flatten(1).norm(dim=1) / (a - b).flatten(1).norm(dim=1) for a, b in pairs]
-    found = contraction(trajectory)
-    torch.testing.assert_close(found.double(), torch.stack(ratios).amax(dim=0), rtol=1e-5, atol=0)
-    assert (found <= 0.9 * (1 + 1e-6)).all()
-
-
-def test_iterates_that_differ_by_rounding_say_nothing_of_the_contraction() -> None:
-    start = drawn(0, dtype=torch.float32)
-    settled = Trajectory((start, start / 2, start / 4, start / 4 * (1 + 1e-7), start / 4))
-    torch.testing.assert_close(contraction(settled), torch.full((3,), 0.5))
-    assert contraction(Trajectory((start * 0,) * 4)).tolist() == [0, 0, 0]
 
 
 # As an attack
@@ -220,7 +193,7 @@ def probe(denoiser: Gaussian | None = None) -> Probe:
 
 @pytest.mark.parametrize("t", [50, 300, 900])
 @pytest.mark.parametrize("tau", [0.1, 1.0])
-def test_before_a_gaussian_the_norm_the_ratio_and_the_contraction_are_the_known_factor(t: int, tau: float) -> None:
+def test_before_a_gaussian_the_norm_is_the_known_factor(t: int, tau: float) -> None:
     on = probe(Gaussian(tau))
     signal = JACOBIAN.measure(on, t, 3)
     assert list(signal) == JACOBIAN.columns(3)
@@ -232,14 +205,8 @@ def test_the_attack_measures_at_every_iterate() -> None:
     on = probe()
     f, signal = on.map(300), JACOBIAN.measure(on, 300, 4)
     eps = fixed_point(f, [on.noise], 4).eps
-    for n in range(4):
-        torch.testing.assert_close(signal[f"jacobian n={n}"], jacobian_norm(f, eps[n]).value, rtol=0.01, atol=0)
-    delta = [(eps[n] - eps[n - 1]).flatten(1).norm(dim=1) for n in range(1, 5)]
-    for n in range(1, 4):
-        torch.testing.assert_close(signal[f"ratio n={n}"].double(), delta[n] / delta[n - 1], rtol=1e-5, atol=0)
-    for n in range(2, 5):
-        assert torch.equal(signal[f"contraction n={n}"], contraction(Trajectory(eps[: n + 1])))
-    assert (signal["jacobian n=0"] / signal["jacobian n=3"] - 1).abs().min() > 0.02
+    for n in range(4):  # a direction from before may make it stop a little early
+        torch.testing.assert_close(signal[f"jacobian n={n}"], jacobian_norm(f, eps[n]).value, rtol=0.02, atol=0)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])

@@ -154,10 +154,12 @@ class Search(Attack):
     Attributes:
         search: from a probe and t to the given iterates (eps^0, perhaps eps^1) and the map that goes on.
         p: the norm of the distance.
+        given: how many iterates the start gives; an iteration scheme begins after them.
     """
 
     search: Callable[[Probe, int], tuple[tuple[Tensor, ...], Map]]
     p: int
+    given: int = 1
 
     def columns(self, steps: int) -> list[str]:
         """Every d(i, j) in every norm."""

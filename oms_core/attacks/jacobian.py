@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from oms_core.attacks.base import Attack, Probe, Signal
-from oms_core.convergence import MOST, contraction, jacobian_norm, stretch
-from oms_core.search import Trajectory, fixed_point
+from oms_core.convergence import MOST, jacobian_norm
+from oms_core.search import fixed_point
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,12 +24,8 @@ class Contracting(Attack):
     gradients: ClassVar[bool] = True
 
     def columns(self, steps: int) -> list[str]:
-        """The Jacobian norm at eps^n, the ratio of residuals after and before n, and the contraction up to n."""
-        return [
-            *(f"jacobian n={n}" for n in range(steps)),
-            *(f"ratio n={n}" for n in range(1, steps)),
-            *(f"contraction n={n}" for n in range(2, steps + 1)),
-        ]
+        """The norm at eps^0 ... eps^(N-1)."""
+        return [f"jacobian n={n}" for n in range(steps)]
 
     def measure(self, probe: Probe, t: int, steps: int) -> Signal:
         """The norm at each iterate is sought from the direction found at the one before."""
@@ -39,8 +35,6 @@ class Contracting(Attack):
         for n in range(steps):
             norm = jacobian_norm(f, found.eps[n], start)
             signal[f"jacobian n={n}"], start = norm.value, norm.direction
-        signal |= {f"ratio n={n}": stretch(found, n - 1, n) for n in range(1, steps)}
-        signal |= {f"contraction n={n}": contraction(Trajectory(found.eps[: n + 1])) for n in range(2, steps + 1)}
         return signal
 
     def score(self, rows: pd.DataFrame, n: int) -> np.ndarray:

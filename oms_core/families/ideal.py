@@ -40,7 +40,9 @@ class Ideal(Diffused):
         alpha_t, sigma_t = self.coefficients(t)
         variance = alpha_t**2 * IDEAL_WIDTH**2 + sigma_t**2
         x, centres = x_t.flatten(1), self.centres.flatten(1)
-        squared = torch.cdist(x, alpha_t * centres, compute_mode="donot_use_mm_for_euclid_dist") ** 2  # (B, M)
+        away = torch.cdist(x.detach(), alpha_t * centres, compute_mode="donot_use_mm_for_euclid_dist") ** 2  # (B, M)
+        slope = (x**2).sum(dim=1, keepdim=True) - 2 * x @ (alpha_t * centres).T  # cdist has no second derivative
+        squared = away + (slope - slope.detach())
         nearest = (-squared / (2 * variance)).softmax(dim=1) @ centres  # (B, C H W)
         shrink = alpha_t * IDEAL_WIDTH**2 / variance
         x_0 = nearest + shrink * (x - alpha_t * nearest)
