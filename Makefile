@@ -35,7 +35,7 @@ signals: $(VENV)/.installed
 	for captions in blip none; do $(OMS) evaluate --model sd-fashion --captions $$captions || exit 1; done
 	for table in 1 2 3 4 5 6 schemes trajectory; do $(OMS) table $$table || exit 1; done
 	for figure in 1 2a 2b B1 B2; do $(OMS) figure $$figure --out $(VENV)/figure.html || exit 1; done
-	for attack in NA PIA SecMI; do for t in $(SWEPT); do \
+	for attack in NA PIA; do for t in $(SWEPT); do \
 	  $(OMS) score --attack $$attack --t $$t --limit 800 || exit 1; \
 	done; done
 	grep -rl '"attack": "gradients"' --include=manifest.json assets/signals | xargs -r -n 1 dirname | xargs -r rm -r

@@ -11,7 +11,7 @@ from oms_core import catalog, figures, laboratory
 from oms_core.attacks import SEARCHES
 from oms_core.attacks.base import NORMS
 from oms_core.evaluation import evaluation
-from oms_core.exhibits import SWEPT_ATTACKS
+from oms_core.exhibits import OVER_TIMESTEPS, OVER_TRAINING
 from oms_core.run import Run
 from oms_core.schemes import SCHEMES
 from pages.common.context import Context, control, searching, update
@@ -78,10 +78,10 @@ def jump() -> None:
 
 def by_timestep(context: Context) -> None:
     """What One More Step adds at each timestep (Fig. 2b)."""
-    runs = [replace(settings(context, SWEPT_ATTACKS, 2), t=t) for t in laboratory.SWEPT]
+    runs = [replace(settings(context, OVER_TIMESTEPS, 2), t=t) for t in laboratory.SWEPT]
     found, complete = gathered(runs, "The sweep over timesteps")
     if complete:
-        rows = [row for planned, known in found for row in evaluation(planned, known, SWEPT_ATTACKS)]
+        rows = [row for planned, known in found for row in evaluation(planned, known, OVER_TIMESTEPS)]
         verdict(rows, "t")
         show(figures.boost(rows), "boost")
         show(figures.sweep(rows, "t", "timestep t"), "timesteps")
@@ -94,13 +94,13 @@ def by_epoch(context: Context) -> None:
     if len(epochs) < 2:
         st.info("Only one set of weights of this model is here; choose ddpm-digits or ddpm-fashion.")
         return
-    runs = [replace(settings(context, SWEPT_ATTACKS, 2), model=f"{base}@{epoch}", t=context.t) for epoch in epochs]
+    runs = [replace(settings(context, OVER_TRAINING, 2), model=f"{base}@{epoch}", t=context.t) for epoch in epochs]
     found, complete = gathered(runs, "The sweep over training")
     if complete:
         rows = [
             row | {"epoch": epoch}
             for epoch, (planned, known) in zip(epochs, found, strict=True)
-            for row in evaluation(planned, known, SWEPT_ATTACKS)
+            for row in evaluation(planned, known, OVER_TRAINING)
         ]
         verdict(rows, "epoch")
         show(figures.sweep(rows, "epoch", "training epoch"), "epochs")

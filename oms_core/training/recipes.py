@@ -49,10 +49,14 @@ RECIPES = {
     "ddpm-digits": Recipe(
         "ddpm", "digits", 8, {"blocks": (32, 64)}, 1200, (100, 450, 700, 1200), 450, DIGITS_TIMESTEPS
     ),
-    "ddpm-fashion": Recipe("ddpm", "fashion", 28, {"blocks": (16, 48, 96)}, 500, (200, 400, 500), 400, {}, 32),
+    "ddpm-fashion": Recipe("ddpm", "fashion", 28, {"blocks": (16, 48, 96)}, 500, (400, 500), 400, {}, 32),
     "uvit-digits": Recipe(
         "uvit", "digits", 8, {"patch_size": 2, "width": 128, "depth": 4, "heads": 4}, 1200, (1200,), 1200,
         UVIT_DIGITS_TIMESTEPS,
+    ),
+    "uvit-fashion": Recipe(
+        "uvit", "fashion", 28, {"patch_size": 7, "width": 160, "depth": 4, "heads": 4}, 2400, (1800,), 1800,
+        {"NA": 200}, 32,
     ),
     "vae-fashion": Recipe("autoencoder", "fashion", 28, {"blocks": (8, 24, 48)}, 30, (30,), 30, {}, role="auxiliary"),
     "sd-fashion": Recipe(

@@ -297,7 +297,9 @@ def offer(missing: list[Plan], job: Job | None, what: str, key: str) -> None:
     asked = sum(asked_at_most(planned) for planned in missing)
     left, right = st.columns([3, 1], vertical_alignment="center")
     pictures = max(len(planned.images) for planned in missing)
-    left.info(f"{what} asks the model at most {asked} times for each of {pictures} pictures. Nothing is kept yet.")
+    left.info(
+        f"{what} asks the model at most {asked} times for each of {pictures} pictures, once; what it answers is kept."
+    )
     if right.button("Run", type="primary", key=f"run {what}", width="stretch"):
         with guarded():
             runs = [planned.run for planned in missing]
