@@ -23,20 +23,20 @@ format: $(VENV)/.installed-test
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# The precomputed scenes, made by the commands that a user would run. Gradients are too large to ship; what is learned
-# from them is not.
+# The precomputed scenes, made by the commands that a user would run. Gradients are too large to
+# ship; what was learned from them is not.
 signals: export OMS_CACHE := assets/signals
 signals: $(VENV)/.installed
-	$(OMS) score --model ddpm-digits --attack NA,PIA --steps 10 --traces 8
 	for model in $(MODELS); do \
 	  $(OMS) score --model $$model --attack NA --steps 10 --traces 8 && \
 	  $(OMS) evaluate --model $$model || exit 1; \
 	done
-	for captions in blip none; do $(OMS) evaluate --model sd-fashion --captions $$captions || exit 1; done
-	for table in 1 2 3 4 5 6 schemes trajectory; do $(OMS) table $$table || exit 1; done
-	for figure in 1 2a 2b B1 B2; do $(OMS) figure $$figure --out $(VENV)/figure.html || exit 1; done
+	for captions in blip none; do $(OMS) score --model sd-fashion --captions $$captions || exit 1; done
+	for table in 1 2 3 4 5 6 trajectory; do $(OMS) table $$table || exit 1; done
+	$(OMS) table schemes --model ddpm-digits
+	for figure in 1 2a 2b; do $(OMS) figure $$figure --out $(VENV)/figure.html || exit 1; done
 	for attack in NA PIA; do for t in $(SWEPT); do \
-	  $(OMS) score --attack $$attack --t $$t --limit 800 || exit 1; \
+	  $(OMS) score --attack $$attack --t $$t --limit 600 || exit 1; \
 	done; done
 	grep -rl '"attack": "gradients"' --include=manifest.json assets/signals | xargs -r -n 1 dirname | xargs -r rm -r
 

@@ -9,7 +9,7 @@ from oms_core.errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from oms_core.decode import Profile
 
@@ -25,11 +25,13 @@ class Denoiser(Protocol):
         fingerprint: SHA-256 over everything that decides its outputs.
         profile: the pictures it takes.
         timesteps: T; a timestep is an integer t with 0 <= t < T.
+        network: what `eps` asks, for attacks that may see its weights; None where there are none.
     """
 
     fingerprint: str
     profile: Profile
     timesteps: int
+    network: nn.Module | None
 
     def encode(self, pixels: np.ndarray) -> Tensor:
         """x_0 on the model's device, (B, C, H, W), from pixels of shape (B, H, W, C) uint8."""

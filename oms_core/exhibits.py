@@ -264,12 +264,12 @@ TABLES = {
     ),
     "schemes": Table(
         "Iteration schemes at equal model calls", ("ddpm", "uvit", "stable_diffusion"), ("NA", "PIA"),
-        laboratory.by_scheme, nothing,
+        laboratory.by_scheme, nothing, (),
     ),
     "trajectory": Table(
         "A regression on the whole chain at equal model calls", ("ddpm", "uvit", "stable_diffusion"),
         ("NA", "PIA", "SecMI"),
-        laboratory.against_chain, nothing,
+        laboratory.against_chain, nothing, (),
     ),
 }  # fmt: skip
 

@@ -25,7 +25,7 @@ Signals = dict[str, pd.DataFrame]
 SWEPT = (50, 70, 90, 110, 130, 150, 170, 190, 210, 230, 250)  # Fig. 2b
 ROUNDING = 1e-6  # of the size of a noise, single precision
 BUDGET = 2  # model calls beyond those of the start, as OMS spends
-PICTURES = 800  # of a sweep unless a number is given
+PICTURES = 600  # of a sweep unless a number is given
 
 
 def figures_of(run: Run, asked: tuple[str, ...], tick: Tick | None = None) -> Rows:

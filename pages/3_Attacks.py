@@ -11,7 +11,7 @@ from oms_core.attacks.base import column
 from oms_core.catalog import describe
 from oms_core.evaluation import evaluation, with_rivals
 from oms_core.exhibits import curves, members
-from oms_core.run import Plan, scores
+from oms_core.run import Plan, lookup, plan, scores
 from pages.common.context import RATES, Context, control, update
 from pages.common.shell import begin, guarded, show, signals, timestep
 
@@ -167,7 +167,11 @@ def main() -> None:
 
 def gather(context: Context) -> tuple[Plan, dict[str, pd.DataFrame], bool]:
     """The attacks that are always compared, with their rivals, and the one that is looked at closely."""
-    planned, known, complete = signals(with_rivals(context.run(COMPARED, STEPS)), "Running every attack")
+    run = with_rivals(context.run(COMPARED, STEPS))
+    planned, complete = plan(run), True
+    known = lookup(planned)
+    if not set(COMPARED) <= set(known):  # rivals alone are not worth a wait
+        planned, known, complete = signals(run, "Running every attack")
     if context.attack in COMPARED:
         return planned, known, complete
     own, found, _ = signals(context.run((context.attack,), STEPS), ATTACKS[context.attack].title)

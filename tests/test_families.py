@@ -183,6 +183,36 @@ def test_a_picture_alone_scores_as_in_company(
         pd.testing.assert_frame_equal(single[name], again, check_exact=True)
 
 
+@pytest.fixture(scope="session")
+def three_roles(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The six members and six non-members, and twenty auxiliary pictures."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("roles") / "all"
+    shutil.copytree(pictures, folder)
+    (folder / "auxiliary").mkdir()
+    for k, pixels in enumerate(np.random.default_rng(5).integers(0, 256, (20, 8, 8), dtype=np.uint8)):
+        Image.fromarray(pixels).save(folder / "auxiliary" / f"{k}.png")
+    return folder
+
+
+@pytest.mark.parametrize("name", [name for name, attack in ATTACKS.items() if isinstance(attack, Learned)])
+def test_every_learned_attack_judges_on_every_family(
+    kind: str, name: str, models: dict[str, str], three_roles: Path
+) -> None:
+    run = Run(
+        model=models[kind], images=str(three_roles), attacks=(name,), captions="text:a cat", batch=8, steps=2
+    )  # fmt: skip
+    if kind == "ideal" and name.startswith("GSA"):
+        with pytest.raises(InputError, match="have no weights"):
+            compute.score(run)
+        return
+    table = scores(plan(run), compute.score(run))
+    assert set(table.n) == {1, 2}
+    assert {True, False} == set(table.member)
+    assert np.isfinite(table.score).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_family_scores_in_every_precision(models: dict[str, str], pictures: Path, kind: str, dtype: str) -> None:
     run = Run(model=models[kind], images=str(pictures), attacks=tuple(SEARCHES), captions="none", dtype=dtype, batch=6)
@@ -212,7 +242,7 @@ def test_a_prediction_means_the_noise_that_the_scheduler_takes_it_for(
     scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
     x_t = drawn(0, 2, 1, 8, 8)
     with torch.inference_mode():
-        output, eps = denoiser.unet(x_t, t).sample, denoiser.eps(x_t, t)
+        output, eps = denoiser.network(x_t, t).sample, denoiser.eps(x_t, t)
     x_0 = scheduler.step(output, t, x_t).pred_original_sample
     back = scheduler.add_noise(x_0, eps, torch.tensor([t]))  # the picture and the noise make up x_t
     torch.testing.assert_close(back, x_t, rtol=1e-4, atol=1e-4)
@@ -224,7 +254,7 @@ def test_of_a_learned_variance_only_the_prediction_is_taken(tmp_path: Path, save
     denoiser = load(describe(str(folder)), CPU)
     x_t = drawn(0, 2, channels, 8, 8)
     with torch.inference_mode():
-        output = denoiser.unet(x_t, 300).sample
+        output = denoiser.network(x_t, 300).sample
         assert output.shape[1] == 2 * channels
         assert torch.equal(denoiser.eps(x_t, 300), output[:, :channels])
 
@@ -235,7 +265,7 @@ def test_weights_saved_in_half_precision_are_used_in_single(
     half = load(describe(str(save_pipeline(tmp_path / "half", dtype=torch.half))), CPU)
     saved = load_file(tmp_path / "half" / WEIGHTS)
     assert {weight.dtype for weight in saved.values()} == {torch.half}
-    for name, weight in half.unet.named_parameters():
+    for name, weight in half.network.named_parameters():
         assert weight.dtype == torch.float32
         assert torch.equal(weight, saved[name].float())
     x_t = drawn(0, 2, 1, 8, 8)
@@ -249,14 +279,14 @@ def test_weights_in_parts_are_loaded_whole(tmp_path: Path, pipeline: Path) -> No
     unet.save_pretrained(folder / "unet", max_shard_size="50KB")
     loaded = load(describe(str(folder)), CPU)
     for name, weight in unet.named_parameters():
-        assert torch.equal(loaded.unet.get_parameter(name), weight)
+        assert torch.equal(loaded.network.get_parameter(name), weight)
     sorted((folder / "unet").glob("*.safetensors"))[0].unlink()
     with pytest.raises(InputError, match="do not fit its config"):
         load(describe(str(folder)), CPU)
 
 
 def test_a_model_is_ready_to_be_asked_and_not_to_be_trained(pipeline: Path) -> None:
-    unet = load(describe(str(pipeline)), CPU).unet
+    unet = load(describe(str(pipeline)), CPU).network
     assert not unet.training
     assert not any(weight.requires_grad for weight in unet.parameters())
 
@@ -339,7 +369,7 @@ def test_betas_that_were_listed_one_by_one_are_used(tmp_path: Path) -> None:
 def test_a_half_precision_variant_is_found_and_used(tmp_path: Path) -> None:
     folder = tiny.save_stable_diffusion(tmp_path / "model", variant="fp16")
     denoiser = load(describe(str(folder)), CPU)
-    for part, file in ((denoiser.unet, "unet/diffusion_pytorch_model"), (denoiser.text, "text_encoder/model")):
+    for part, file in ((denoiser.network, "unet/diffusion_pytorch_model"), (denoiser.text, "text_encoder/model")):
         assert not (folder / f"{file}.safetensors").exists()
         saved = load_file(folder / f"{file}.fp16.safetensors")
         assert {name for name, _ in part.named_parameters()} <= {*saved}
@@ -731,7 +761,7 @@ def test_at_most_two_models_stay_in_memory(tmp_path: Path, save_pipeline: Save, 
     for number in range(3):
         folder = save_pipeline(tmp_path / str(number), beta_end=0.02 + number / 1000)
         compute.score(Run(model=str(folder), images=str(pictures), attacks=("PIA",), batch=6))
-        kept.append(weakref.ref(compute.loaded(describe(str(folder)), CPU).unet))
+        kept.append(weakref.ref(compute.loaded(describe(str(folder)), CPU).network))
     gc.collect()
     assert [model() is not None for model in kept] == [False, True, True]
     compute.loaded.cache_clear()

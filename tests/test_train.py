@@ -240,7 +240,7 @@ def test_snapshots_differ_and_hold_the_averaged_weights(trained: Path) -> None:
     training = Training(NAME, trained.parent.parent / "work")
     training.resume()
     last, first = (
-        load(catalog.describe(str(trained / f"epoch-{epoch:04d}")), Placement("cpu", "float32")).unet.state_dict()
+        load(catalog.describe(str(trained / f"epoch-{epoch:04d}")), Placement("cpu", "float32")).network.state_dict()
         for epoch in (12, 4)
     )
     averaged, raw = training.averaged().half().state_dict(), training.subject.module.half().state_dict()

@@ -2,6 +2,7 @@
 
 from oms_core.attacks.base import Attack, Learned, Probe, Search
 from oms_core.attacks.clid import CLID
+from oms_core.attacks.gsa import GSA, GSA_LAST
 from oms_core.attacks.jacobian import JACOBIAN
 from oms_core.attacks.naive import NA
 from oms_core.attacks.pia import PIA, PIAN
@@ -18,7 +19,7 @@ from oms_core.attacks.trajectory import (
 )
 
 ALL = (
-    *(NA, PIA, PIAN, SECMI, SECMI_X_T, SECMI_RELEASED, SIMA, CLID, JACOBIAN, QR),
+    *(NA, PIA, PIAN, SECMI, SECMI_X_T, SECMI_RELEASED, SIMA, CLID, JACOBIAN, QR, GSA, GSA_LAST),
     *(NA_TRAJECTORY, PIA_TRAJECTORY, SECMI_TRAJECTORY, NA_CALIBRATED, PIA_CALIBRATED),
     *(NA_REPEATED, PIA_REPEATED, PIAN_REPEATED, SECMI_REPEATED),
 )

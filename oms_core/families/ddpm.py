@@ -21,12 +21,12 @@ class Ddpm(Diffused):
 
     def __init__(self, model: Model, placement: Placement) -> None:
         super().__init__(model, placement)
-        self.unet = load_network(UNet2DModel, model.parts["network"], model.name, self.dtype).to(self.device)
+        self.network = load_network(UNet2DModel, model.parts["network"], model.name, self.dtype).to(self.device)
         self.check(model.name)
 
     def eps(self, x_t: Tensor, t: int, condition: None = None) -> Tensor:
         """eps_theta(x_t, t); of a learned variance only the first C channels are the prediction."""
-        output = self.unet(x_t, t).sample[:, : x_t.shape[1]]
+        output = self.network(x_t, t).sample[:, : x_t.shape[1]]
         return to_eps(output, x_t, *self.coefficients(t), self.predicts)
 
 

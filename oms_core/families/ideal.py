@@ -31,6 +31,7 @@ class Ideal(Diffused):
 
     def __init__(self, model: Model, placement: Placement) -> None:
         super().__init__(model, placement)
+        self.network = None
         self.dtype = torch.float32  # a closed form has no weights to make smaller
         members = open_images(model.images).with_role("member")
         self.centres = self.encode(members.pixels(model.profile))  # (M, C, H, W)

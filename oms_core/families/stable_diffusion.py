@@ -28,7 +28,7 @@ class StableDiffusion(LatentSpace, Diffused):
     def __init__(self, model: Model, placement: Placement) -> None:
         super().__init__(model, placement)
         parts, name = model.parts, model.name
-        self.unet = load_network(UNet2DConditionModel, parts["network"], name, self.dtype).to(self.device)
+        self.network = load_network(UNet2DConditionModel, parts["network"], name, self.dtype).to(self.device)
         self.text = load_text_encoder(CLIPTextModel, parts["text_encoder"], name, self.dtype).to(self.device)
         self.tokenizer = load_tokenizer(CLIPTokenizer, parts["tokenizer"], name)
         self.check(name)
@@ -44,7 +44,7 @@ class StableDiffusion(LatentSpace, Diffused):
 
     def eps(self, x_t: Tensor, t: int, condition: Tensor) -> Tensor:
         """eps_theta(x_t, t, caption)."""
-        output = self.unet(x_t, t, encoder_hidden_states=condition).sample[:, : x_t.shape[1]]
+        output = self.network(x_t, t, encoder_hidden_states=condition).sample[:, : x_t.shape[1]]
         return to_eps(output, x_t, *self.coefficients(t), self.predicts)
 
 

@@ -49,7 +49,7 @@ RECIPES = {
     "ddpm-digits": Recipe(
         "ddpm", "digits", 8, {"blocks": (32, 64)}, 1200, (100, 450, 700, 1200), 450, DIGITS_TIMESTEPS
     ),
-    "ddpm-fashion": Recipe("ddpm", "fashion", 28, {"blocks": (16, 48, 96)}, 500, (400, 500), 400, {}, 32),
+    "ddpm-fashion": Recipe("ddpm", "fashion", 28, {"blocks": (16, 48, 96)}, 500, (400,), 400, {}, 32),
     "uvit-digits": Recipe(
         "uvit", "digits", 8, {"patch_size": 2, "width": 128, "depth": 4, "heads": 4}, 1200, (1200,), 1200,
         UVIT_DIGITS_TIMESTEPS,
