@@ -38,7 +38,7 @@ signals: $(VENV)/.installed
 	for attack in NA PIA; do for t in $(SWEPT); do \
 	  $(OMS) score --attack $$attack --t $$t --limit 600 || exit 1; \
 	done; done
-	grep -rl '"attack": "gradients"' --include=manifest.json assets/signals | xargs -r -n 1 dirname | xargs -r rm -r
+	grep -rl '"attack": "GSA-gradients"' --include=manifest.json assets/signals | xargs -r -n 1 dirname | xargs -r rm -r
 
 $(VENV)/.installed: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

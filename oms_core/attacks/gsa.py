@@ -58,7 +58,7 @@ class Gradients(Attack):
 
         network, columns = probe.denoiser.network, self.columns(steps)
         if network is None:
-            raise InputError("A gradient-based attack looks at the weights of a model, and this one has none.")
+            raise InputError("A gradient-based attack needs the weights of a model; closed forms have no weights.")
         found = [
             gradient_norms(network, len(probe.x_0), lambda at=at: self.losses(probe, at, len(columns)))
             for at in range(t, t + REACH + 1, STRIDE)
