@@ -291,7 +291,7 @@ def path(
             x=list(range(1, n + 1)), y=list(values[:n]), name=name, mode="lines+markers",
             line={"color": colour, "dash": dash, "width": 3}, marker={"symbol": symbol, "size": 11},
         )  # fmt: skip
-    steps = max((len(values) for *_, values in own), default=int(cohort.n.max()))
+    steps = max([len(values) for *_, values in own] or [int(cohort.n.max())])
     green = add_noise_line(figure, dimension, steps)
     everything = [green, *low_high.to_numpy().ravel(), *(value for *_, values in own for value in values)]
     figure.update_yaxes(residual_axis(np.array(everything)))
@@ -336,11 +336,11 @@ def convergence(norms: pd.DataFrame, residuals: pd.DataFrame, dimension: int) ->
         add_boxes(figure, residuals[residuals.t == t], "residual", 2, place, False)
         figure.add_hline(1, line_dash="dot", line_color="#555555", row=1, col=place)
         figure.add_hline(math.sqrt(2 * dimension), line_dash="dashdot", line_color=NOISE, row=2, col=place)
-        figure.update_xaxes(title_text="step n", row=2, col=place)
     figure.update_yaxes(range_of(norms.norm, 1), row=1)
     figure.update_yaxes(residual_axis(np.append(residuals.residual, math.sqrt(2 * dimension))), row=2)
     layout(figure, "", "", height=620)
     figure.update_xaxes(dtick=2)
+    figure.update_xaxes(title_text="step n", row=2)
     figure.update_layout(boxmode="group", legend_y=1.06)
     figure.update_yaxes(title_text="‖∂f/∂ε‖ at εⁿ", row=1, col=1)
     figure.update_yaxes(title_text="residual ‖δⁿ‖₂", row=2, col=1)

@@ -8,7 +8,7 @@ import streamlit as st
 from oms_core import exhibits
 from oms_core.errors import InputError
 from oms_core.evaluation import evaluation, with_rivals
-from oms_core.exhibits import TABLES, Table, of_family
+from oms_core.exhibits import TABLES, Table
 from oms_core.people import beside_the_paper
 from oms_core.run import Run, lookup, plan
 from pages.common.shell import begin, guarded
@@ -55,7 +55,7 @@ GLOSSARY = {
 def rows_of(name: str, shown: Table) -> tuple[list[dict], list[str]]:
     """What is known of a table without asking a model, and the models that it would still have to ask."""
     rows, missing = [], []
-    for model in of_family(*shown.families):
+    for model in shown.models():
         found = measured(shown, Run(model=model, attacks=shown.attacks))
         rows += found
         if not found:

@@ -76,7 +76,7 @@ def test_pages_get_arrays_and_tables_and_never_tensors(path: Path) -> None:
 
 @pytest.mark.parametrize("path", engine("attacks"), ids=name_of)
 def test_an_attack_knows_the_search_and_no_family(path: Path) -> None:
-    allowed = ("search", "ddim", "convergence", "denoiser", "attacks", "errors")
+    allowed = ("search", "ddim", "convergence", "gradients", "denoiser", "attacks", "errors")
     assert own(path) == below(own(path), *(f"oms_core.{name}" for name in allowed))
 
 
@@ -87,7 +87,7 @@ def test_a_family_knows_no_attack_and_no_run(path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("path", engine("search", "ddim", "convergence", "schemes"), ids=name_of)
+@pytest.mark.parametrize("path", engine("search", "ddim", "convergence", "gradients", "schemes"), ids=name_of)
 def test_the_equations_know_only_the_model(path: Path) -> None:
     assert own(path) == below(own(path), "oms_core.search", "oms_core.denoiser", "oms_core.errors")
 

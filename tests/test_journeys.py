@@ -183,6 +183,31 @@ def test_a_click_on_an_outlier_opens_its_picture(visitor: Visitor) -> None:
     visitor.says("Press Step")
 
 
+def test_a_click_on_a_cell_of_the_sweep_takes_every_page_there(visitor: Visitor) -> None:
+    visitor.open("Sweep")
+    visitor.says("separates best by")
+    plot = visitor.page.locator("[data-testid=stVegaLiteChart] canvas, [data-testid=stVegaLiteChart] svg").first
+    plot.wait_for()
+    plot.scroll_into_view_if_needed()
+    box = plot.bounding_box()
+    visitor.page.mouse.click(box["x"] + box["width"] * 0.5, box["y"] + box["height"] * 0.5)
+    visitor.page.wait_for_url("**t=*")
+    visitor.settle()
+    visitor.shoot("sweep")
+    chosen = set(visitor.page.url.partition("?")[2].split("&"))
+    assert any(part.startswith("n=") for part in chosen)
+    visitor.go("Attacks")
+    assert chosen <= set(visitor.page.url.partition("?")[2].split("&"))
+
+
+def test_the_papers_tables_stand_beside_what_was_measured(visitor: Visitor) -> None:
+    visitor.open("Paper_method_limits")
+    visitor.says("Measured here on small models")
+    visitor.page.get_by_role("radio", name="5").or_(visitor.page.get_by_text("5", exact=True)).first.click()
+    visitor.says("Table 5. Quantile regression")
+    visitor.shoot("paper")
+
+
 def test_a_copied_address_restores_every_choice_and_outlives_five_pages_and_back(visitor: Visitor) -> None:
     wanted = {"model=ddpm-fashion", "attack=PIA", "n=2", "fpr=0.01", "step=4"}
     visitor.open("Attacks?" + "&".join(sorted(wanted)))

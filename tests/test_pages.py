@@ -238,6 +238,14 @@ def test_an_attack_on_captions_is_refused_for_a_model_without() -> None:
     assert test.session_state["context"].attack == "NA"
 
 
+def test_a_search_can_be_stepped_before_its_cohort_is_known() -> None:
+    test = opened(PAGES[1], seed="7", limit="20", step="2")
+    assert not test.exception
+    assert not test.error
+    assert "After step 2 the noise of" in words(test)
+    assert [button for button in test.button if button.label == "Run"]
+
+
 def test_step_back_and_reset_move_the_search() -> None:
     test = opened(PAGES[1])
     press = lambda label: next(b for b in test.button if b.label == label).click().run()  # noqa: E731
