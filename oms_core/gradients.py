@@ -131,8 +131,6 @@ def known(module: nn.Module) -> bool:
         return False
     if type(module) is nn.Conv2d:
         return module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
-    if type(module) is nn.Embedding:
-        return module.padding_idx is None
     return type(module) in RULES
 
 
@@ -211,6 +209,8 @@ def embedding(layer: nn.Embedding, a: Tensor, g: Tensor) -> tuple[Tensor]:
     """For the weight, from indices a (B, k, ...) and g (B, k, ..., width)."""
     a, g = a.flatten(1), g.flatten(1, -2)
     same = a[:, :, None] == a[:, None]
+    if layer.padding_idx is not None:
+        same &= (a != layer.padding_idx)[:, None]
     return (root((same * (g @ g.mT)).sum(dim=(1, 2))),)
 
 

@@ -46,7 +46,10 @@ def by_distance(context: Context) -> None:
         "Chosen on the pictures it is measured on, so a little too good."
     )
     st.altair_chart(cells(table), key="grid", on_select=jump, alt=figures.auc_grid(table).alt)
-    st.caption("AUC in %. Click a cell: every page goes to its timestep, and to its number of steps.")
+    pictures = len(found[0][0].images)
+    st.caption(
+        f"AUC in % on {pictures} pictures. Click a cell: every page goes to its timestep and its number of steps."
+    )
     with st.expander("Table"):
         st.table(table.pivot(index="pair", columns="t", values="auc").mul(100).round(1))
 

@@ -160,13 +160,18 @@ def test_a_newcomer_steps_the_search_and_flips_one_more_step(visitor: Visitor) -
     visitor.shoot("attacks")
 
 
-def test_a_click_on_an_outlier_opens_its_picture(visitor: Visitor) -> None:
-    visitor.open("Convergence")
-    visitor.says("the median residual of members is")
+def place_of_plot(visitor: Visitor) -> dict[str, float]:
+    """Where on the screen the chart is that can be clicked."""
     plot = visitor.page.locator("[data-testid=stVegaLiteChart] canvas, [data-testid=stVegaLiteChart] svg").first
     plot.wait_for()
     plot.scroll_into_view_if_needed()
-    box = plot.bounding_box()
+    return plot.bounding_box()
+
+
+def test_a_click_on_an_outlier_opens_its_picture(visitor: Visitor) -> None:
+    visitor.open("Convergence")
+    visitor.says("the median residual of members is")
+    box = place_of_plot(visitor)
     for down in range(30, 75, 3):  # somewhere through the cloud there is a point
         for across in range(25, 70, 5):
             visitor.page.mouse.click(box["x"] + box["width"] * across / 100, box["y"] + box["height"] * down / 100)
@@ -186,10 +191,7 @@ def test_a_click_on_an_outlier_opens_its_picture(visitor: Visitor) -> None:
 def test_a_click_on_a_cell_of_the_sweep_takes_every_page_there(visitor: Visitor) -> None:
     visitor.open("Sweep")
     visitor.says("separates best by")
-    plot = visitor.page.locator("[data-testid=stVegaLiteChart] canvas, [data-testid=stVegaLiteChart] svg").first
-    plot.wait_for()
-    plot.scroll_into_view_if_needed()
-    box = plot.bounding_box()
+    box = place_of_plot(visitor)
     visitor.page.mouse.click(box["x"] + box["width"] * 0.5, box["y"] + box["height"] * 0.5)
     visitor.page.wait_for_url("**t=*")
     visitor.settle()
@@ -205,6 +207,7 @@ def test_the_papers_tables_stand_beside_what_was_measured(visitor: Visitor) -> N
     visitor.says("Measured here on small models")
     visitor.page.get_by_role("radio", name="5").or_(visitor.page.get_by_text("5", exact=True)).first.click()
     visitor.says("Table 5. Quantile regression")
+    visitor.settle()
     visitor.shoot("paper")
 
 
