@@ -32,7 +32,7 @@ ALONE = 8  # pictures whose gradients are taken one at a time, for a comparison
 
 
 def bench(model: str) -> list[dict[str, Any]]:
-    """Rows of `name, value, target, holds`."""
+    """Rows of `name, value, target, holds`; what is only good to know has no target."""
     run = Run(model=model, attacks=COMPARED, steps=STEPS, limit=PICTURES)
     planned = plan(run)
     placement = place()
