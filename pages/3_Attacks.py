@@ -92,6 +92,16 @@ def verdict(rows: list[dict], n: int) -> None:
     (st.warning if sides["hurts"] else st.success)(f"One More Step, gain in AUC points with its 95 % interval: {said}.")
 
 
+def below_chance(rows: list[dict]) -> None:
+    """Where even a gain leaves an attack pointing the wrong way."""
+    wrong = [row["attack"] for row in rows if row["n"] == 2 and row["auc_hi"] < 0.5]
+    if wrong:
+        st.caption(
+            f"Below chance with One More Step too: {', '.join(wrong)}. There members have the larger distances, and a "
+            "gain only leads towards chance."
+        )
+
+
 def explanation(rows: list[dict], planned: Plan, known: dict[str, pd.DataFrame]) -> None:
     """Why One More Step hurts where it does: what the second residual says alone."""
     hurt = [r["attack"] for r in rows if r["n"] == 2 and r["gain_hi"] < 0 and r["attack"] in SEARCHES]
@@ -155,6 +165,7 @@ def main() -> None:
                 rows = evaluation(shown, known, tuple(dict.fromkeys(names)))
                 verdict(rows, n)
                 if more:
+                    below_chance(rows)
                     explanation(rows, shown, known)
                 st.dataframe(overview(rows, 2), hide_index=True, column_config=number_columns())
                 st.caption(EQUAL_CALLS)

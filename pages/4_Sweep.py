@@ -67,9 +67,9 @@ def cells(table: pd.DataFrame) -> alt.LayerChart:
         color=alt.Color("percent:Q", scale=colours, title="AUC %"),
         opacity=alt.condition(chosen, alt.value(1), alt.value(0.6)),
     )
-    return alt.layer(tiles.add_params(chosen), base.mark_text().encode(alt.Text("percent:Q", format=".0f"))).properties(
-        height=320
-    )
+    ink = alt.condition("abs(datum.percent - 50) > 35", alt.value("white"), alt.value("black"))
+    numbers = base.mark_text().encode(alt.Text("percent:Q", format=".0f"), color=ink)
+    return alt.layer(tiles.add_params(chosen), numbers).properties(height=320)
 
 
 def jump() -> None:

@@ -291,6 +291,13 @@ def test_one_more_step_moves_the_verdict() -> None:
     assert test.query_params["n"] == ["2"] or test.query_params["n"] == "2"
 
 
+def test_a_gain_towards_chance_is_called_one() -> None:
+    assert "Below chance with One More Step too: SecMI, SecMI-xt." in words(
+        opened(PAGES[3], model="uvit-fashion", n="2")
+    )
+    assert "Below chance" not in words(opened(PAGES[3], model="uvit-digits", n="2"))
+
+
 def test_choices_survive_a_change_of_page_and_return_to_the_address() -> None:
     test = opened(PAGES[3], model="ddpm-digits@700", fpr="0.01", n="2", attack="PIA")
     for page in PAGES[1:] + PAGES[1:3]:
