@@ -241,9 +241,10 @@ def false_alarms(run: Run, tick: Tick | None) -> list[dict[str, Any]]:
     from oms_core.attacks.quantile import rates_by_level
 
     planned = plan(run)
-    rows = score(run, tick)[run.attacks[0]]
-    names = {"model": planned.model.name, "images": planned.images.name}
-    return [names | row for row in rates_by_level(rows, members(planned, rows), run.steps)]
+    task, rows = planned.tasks[0], score(run, tick)[run.attacks[0]]
+    names = {"model": planned.model.name, "images": planned.images.name, "t": task.t}
+    found = rates_by_level(rows, members(planned, rows), run.steps)
+    return [names | row | {"calls": task.attack.calls_at(task.t, row["n"])} for row in found]
 
 
 TABLES = {
