@@ -36,7 +36,7 @@ from torch.nn import functional as F
 
 import oms_core.families
 from oms_core import catalog, compute
-from oms_core.attacks import ATTACKS, SEARCHES, Learned, Probe
+from oms_core.attacks import ATTACKS, SEARCHES, Learned, Probe, quantile
 from oms_core.catalog import Model, describe
 from oms_core.convert import convert
 from oms_core.decode import Profile
@@ -198,8 +198,9 @@ def three_roles(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.mark.parametrize("name", [name for name, attack in ATTACKS.items() if isinstance(attack, Learned)])
 def test_every_learned_attack_judges_on_every_family(
-    kind: str, name: str, models: dict[str, str], three_roles: Path
+    kind: str, name: str, models: dict[str, str], three_roles: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(quantile, "STEPS", 20)  # of a training whose quality is tested elsewhere
     run = Run(
         model=models[kind], images=str(three_roles), attacks=(name,), captions="text:a cat", batch=8, steps=2
     )  # fmt: skip
