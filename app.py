@@ -122,7 +122,7 @@ def main() -> None:
     st.markdown(
         "A diffusion model learns to name the noise in a picture. Ask it once, and the answer is a little better for "
         "pictures it was trained on: that is every published attack. Feed the answer back and ask again, "
-        "εⁿ = f(εⁿ⁻¹), and the difference grows: that is **One More Step**."
+        "εⁿ = f(εⁿ⁻¹), and the difference often grows: that is **One More Step**."
     )
     with guarded():
         cards()

@@ -97,35 +97,31 @@ def scored(rows: pd.DataFrame, steps: int, score: Callable[[int], np.ndarray]) -
     return rows[["image"]].assign(**{learned_column("score", n): score(n) for n in range(1, steps + 1)})
 
 
-def trajectory(base: Search) -> Learned:
-    """The regression on the distances of an attack."""
+def on_chain(base: Search, kind: str, title: str, fit: Callable[[Search, Study], pd.DataFrame], source: str) -> Learned:
+    """An attack that learns from all distances of another's chain."""
     return Learned(
-        name=f"{base.name}-trajectory",
-        title=f"{base.title}, regression on all distances",
+        name=f"{base.name}-{kind}",
+        title=f"{base.title}, {title}",
         base=base,
-        fit=partial(from_labels, base),
+        fit=partial(fit, base),
+        auxiliary=fit is from_nonmembers,
         t=base.t,
         calls=base.calls,
         reach=base.reach,
         shown_as=base.name,
-        source=f"{base.source}; a logistic regression on {SHARE:.0%} labelled pictures",
+        source=f"{base.source}; {source}",
     )
+
+
+def trajectory(base: Search) -> Learned:
+    """The regression on the distances of an attack."""
+    source = f"a logistic regression on {SHARE:.0%} labelled pictures"
+    return on_chain(base, "trajectory", "regression on all distances", from_labels, source)
 
 
 def calibrated(base: Search) -> Learned:
     """The distances of an attack beside those of known non-members."""
-    return Learned(
-        name=f"{base.name}-calibrated",
-        title=f"{base.title}, all distances against known non-members",
-        base=base,
-        fit=partial(from_nonmembers, base),
-        auxiliary=True,
-        t=base.t,
-        calls=base.calls,
-        reach=base.reach,
-        shown_as=base.name,
-        source=f"{base.source}; O'Brien (1984)",
-    )
+    return on_chain(base, "calibrated", "all distances against known non-members", from_nonmembers, "O'Brien (1984)")
 
 
 NA_TRAJECTORY, PIA_TRAJECTORY, SECMI_TRAJECTORY = map(trajectory, (NA, PIA, SECMI))
