@@ -55,14 +55,14 @@ CARDS = (
     ),
     (
         "When does it work?",
-        "pages/4_Sweep.py",
+        "pages/6_Sweep.py",
         ":material/grid_on:",
         "Every timestep against every distance, as a grid. Click a cell, and every page goes there.",
         {"model": "ddpm-digits"},
     ),
     (
         "Beside the paper",
-        "pages/5_Paper_method_limits.py",
+        "pages/7_Paper_method_limits.py",
         ":material/menu_book:",
         "The paper's six tables next to what these small models give, and where the method ends.",
         {},

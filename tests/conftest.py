@@ -15,6 +15,8 @@ import torch
 
 from oms_core.assemble import png
 
+pytest_plugins = ["browser"]
+
 torch.set_num_threads(1)
 
 SavePipeline = Callable[..., Path]

@@ -17,8 +17,8 @@ from pages.common.shell import job_key
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
-    "app.py", "pages/1_Step_the_search.py", "pages/2_Convergence.py", "pages/3_Attacks.py", "pages/4_Sweep.py",
-    "pages/5_Paper_method_limits.py",
+    "app.py", "pages/1_Step_the_search.py", "pages/2_Convergence.py", "pages/3_Attacks.py", "pages/6_Sweep.py",
+    "pages/7_Paper_method_limits.py",
 ]  # fmt: skip
 BAD_ADDRESSES = {
     "model": "../../etc/passwd",
@@ -71,8 +71,8 @@ def test_a_precomputed_scene_says_its_numbers(page: str, model: str) -> None:
         "1_": "After step 2 the noise of",
         "2_": "the median residual of members is",
         "3_": "gain in AUC points with its 95 % interval",
-        "4_": "separates best by d(" if model == "ddpm-digits" else "asks the model at most",
-        "5_": "what the paper reports stands in columns of its own",
+        "6_": "separates best by d(" if model == "ddpm-digits" else "asks the model at most",
+        "7_": "what the paper reports stands in columns of its own",
     }
     assert next(text for key, text in expected.items() if key in page) in said
 
@@ -198,7 +198,7 @@ def test_convergence_is_looked_at_in_more_than_one_way(view: str) -> None:
 
 @pytest.mark.parametrize("view", ["Gain by timestep", "Training epoch", "Iteration scheme"])
 def test_a_sweep_says_what_it_found(view: str) -> None:
-    test = opened("pages/4_Sweep.py")
+    test = opened("pages/6_Sweep.py")
     test.segmented_control(key="view").set_value(view).run()
     assert not test.exception
     assert not test.error
@@ -207,7 +207,7 @@ def test_a_sweep_says_what_it_found(view: str) -> None:
 
 @pytest.mark.parametrize("table", ["1", "2", "3", "4", "5", "6"])
 def test_a_table_of_the_paper_stands_beside_what_was_measured(table: str) -> None:
-    test = opened("pages/5_Paper_method_limits.py")
+    test = opened("pages/7_Paper_method_limits.py")
     test.segmented_control(key="table").set_value(table).run()
     assert not test.exception
     assert not test.error
@@ -224,7 +224,7 @@ def test_any_attack_can_be_looked_at_closely(attack: str) -> None:
     assert not test.warning or "asks for" not in words(test)
 
 
-@pytest.mark.parametrize("page", ["pages/1_Step_the_search.py", "pages/2_Convergence.py", "pages/4_Sweep.py"])
+@pytest.mark.parametrize("page", ["pages/1_Step_the_search.py", "pages/2_Convergence.py", "pages/6_Sweep.py"])
 def test_an_attack_that_is_no_search_gives_way_to_the_search_it_builds_on(page: str) -> None:
     test = opened(page, attack="SecMI-trajectory")
     assert not test.exception

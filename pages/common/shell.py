@@ -38,8 +38,8 @@ PAGES = (
     ("pages/1_Step_the_search.py", "Step the search", ":material/directions_walk:"),
     ("pages/2_Convergence.py", "Convergence", ":material/trending_down:"),
     ("pages/3_Attacks.py", "Attacks", ":material/troubleshoot:"),
-    ("pages/4_Sweep.py", "Sweep", ":material/grid_on:"),
-    ("pages/5_Paper_method_limits.py", "Paper, method, limits", ":material/menu_book:"),
+    ("pages/6_Sweep.py", "Sweep", ":material/grid_on:"),
+    ("pages/7_Paper_method_limits.py", "Paper, method, limits", ":material/menu_book:"),
 )
 
 

@@ -1,0 +1,126 @@
+"""A server started as the README starts it, a browser, and visitors who look at it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHOTS = ROOT / "build" / "screenshots"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+READY = "[data-testid=stApp][data-test-script-state=notRunning]"
+WAIT = 60_000  # milliseconds
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The app on a free port, with an empty cache of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"OMS_CACHE": str(tmp_path_factory.mktemp("cache"))}
+    command = [sys.executable, "-m", "streamlit", "run", "app.py", "--server.port", str(port)]
+    log = (tmp_path_factory.mktemp("log") / "server.log").open("w+")
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        wait_for(address, process)
+        yield address
+        log.seek(0)
+        assert "Traceback" not in log.read()
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def wait_for(address: str, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            urllib.request.urlopen(f"{address}/_stcore/health", timeout=5)
+            return
+        except OSError:
+            time.sleep(0.2)
+    raise RuntimeError("the app did not start")
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator:
+    """A headless Chromium."""
+    if CHROMIUM is None:
+        if os.environ.get("OMS_BROWSER_REQUIRED"):
+            pytest.fail("no Chromium was found, and OMS_BROWSER_REQUIRED asks for the journeys")
+        pytest.skip("no Chromium or Chrome on this machine; install one to run the journeys")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield found
+        found.close()
+
+
+class Visitor:
+    """One visitor: a browser window that notes every request to elsewhere."""
+
+    def __init__(self, browser, address: str, scheme: str = "light") -> None:
+        self.address = address
+        self.context = browser.new_context(viewport={"width": 1440, "height": 1000}, color_scheme=scheme)
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(WAIT)
+        self.elsewhere: list[str] = []
+        self.page.on("request", lambda request: self.note(request.url))
+
+    def note(self, url: str) -> None:
+        if not url.startswith((self.address, self.address.replace("http", "ws"), "data:", "blob:")):
+            self.elsewhere.append(url)
+
+    def open(self, path: str = "") -> None:
+        self.page.goto(f"{self.address}/{path}")
+        self.settle()
+
+    def settle(self) -> None:
+        self.page.wait_for_selector(READY)
+        self.page.wait_for_timeout(300)
+        self.page.wait_for_selector(READY)
+        assert not self.page.query_selector_all("[data-testid=stException]")
+
+    def says(self, words: str) -> None:
+        self.page.get_by_text(words).first.wait_for()
+
+    def press(self, label: str) -> None:
+        self.page.get_by_role("button", name=label).first.click()
+        self.settle()
+
+    def go(self, label: str) -> None:
+        """Follow a link of the sidebar."""
+        self.page.get_by_test_id("stSidebar").get_by_role("link", name=label).click()
+        self.page.get_by_role("heading", name=label, exact=True).wait_for()
+        self.settle()
+
+    def shoot(self, name: str) -> None:
+        SHOTS.mkdir(parents=True, exist_ok=True)
+        self.page.screenshot(path=SHOTS / f"{name}.png", full_page=True)
+
+    def leave(self) -> None:
+        assert not self.elsewhere, f"the app asked for {self.elsewhere}"
+        self.context.close()
+
+
+@pytest.fixture
+def visitor(browser, server: str) -> Iterator[Visitor]:
+    one = Visitor(browser, server)
+    yield one
+    one.leave()
