@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ from oms_core import exhibits
 from oms_core.attacks import COMPARED
 from oms_core.errors import InputError
 from oms_core.images import inspection, open_images
-from oms_core.people import beside_the_paper, readable
+from oms_core.people import beside_the_paper, plain, readable
 from oms_core.run import Run, plan, scores
 from oms_core.training.recipes import RECIPES
 
@@ -24,6 +23,7 @@ EPILOG = """examples:
   python -m oms_core evaluate --model ddpm-digits                      every attack, with and without OMS
   python -m oms_core evaluate --model ddpm-digits@700 --attack NA --t 200
   python -m oms_core score --model FOLDER --images FOLDER --attack PIA --out scores.parquet
+  python -m oms_core verdict --model ddpm-digits --images FOLDER --attack PIA --fpr 0.01
   python -m oms_core figure D1 --model ddpm-fashion --out roc.html
   python -m oms_core evaluate --model sd-fashion --captions blip       captions written by BLIP
   python -m oms_core table 1
@@ -80,6 +80,10 @@ def add_answers(commands: Any) -> None:
     scoring.add_argument("--distances", action="store_true", help="add every d(i, j) to the table")
 
     add(commands, "evaluate", evaluate_command, "AUC, ASR and TPR at low FPR for every n, with intervals", run=True)
+
+    judging = add(commands, "verdict", verdict_command, "what can be said of pictures of unknown membership", run=True)
+    judging.add_argument("--reference", default="", help="known pictures to compare with; by default the model's own")
+    judging.add_argument("--fpr", type=float, default=0.01, help="false-alarm rate of one picture (default: 0.01)")
 
     drawing = add(commands, "figure", figure_command, "draw a figure of the paper", run=True)
     drawing.add_argument("name", help=f"one of {', '.join(exhibits.FIGURES)}")
@@ -246,6 +250,25 @@ def evaluate_command(options: argparse.Namespace) -> None:
         print_table(readable(rows))
 
 
+def verdict_command(options: argparse.Namespace) -> None:
+    from oms_core import audit
+    from oms_core.compute import measured
+
+    run = run_of(options)
+    if not run.images:
+        raise InputError("Name the pictures in question with --images.")
+    question = audit.ask(replace(run, images=options.reference), open_images(run.images), options.fpr)
+    attack, bar = run.attacks[0], Bar()
+    found = audit.answer(question, measured(question.known, bar)[attack], measured(question.asked, bar)[attack])
+    report_rejected(question.asked.images.rejected)
+    if options.json:
+        print_json(audit.report(found))
+        return
+    rows = [{"file": row.file, "n": row.n, "says": audit.verdict_of(found, row)} for row in found.pictures.itertuples()]
+    print_table(rows)
+    print("\n".join(["", *audit.says(found)]))
+
+
 def figure_command(options: argparse.Namespace) -> None:
     shown = exhibits.exhibit(options.name)
     out = options.out or Path(f"figure-{options.name}.html")
@@ -345,20 +368,6 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 def print_json(value: Any) -> None:
     """One JSON document; what is not a number is null."""
     print(json.dumps(plain(value), indent=1, allow_nan=False))
-
-
-def plain(value: Any) -> Any:
-    """A value as JSON knows it: no NumPy numbers, no NaN."""
-    match value:
-        case dict():
-            return {str(key): plain(part) for key, part in value.items()}
-        case list() | tuple():
-            return [plain(part) for part in value]
-        case None | str() | bool() | int():
-            return value
-        case float():
-            return value if math.isfinite(value) else None
-    return plain(value.item())  # a NumPy number
 
 
 if __name__ == "__main__":

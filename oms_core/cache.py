@@ -12,7 +12,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -65,6 +65,9 @@ class Variant:
             return cls(device, dtype, int(batch.removeprefix("b")), int(steps.removeprefix("n")))
         except ValueError:
             return None
+
+
+COUNTED = Variant("any", "float64", 0, 0)  # of figures, which depend on what they are counted from alone
 
 
 def variants(key: str) -> Iterator[tuple[Variant, Path]]:
@@ -164,6 +167,19 @@ def _read_finished(folder: Path, key: str, state: tuple) -> pd.DataFrame | None:
             return None
         frames.append(read_part(path, key, shard))
     return None if any(frame is None for frame in frames) else pd.concat(frames, ignore_index=True)
+
+
+def counted(content: dict[str, Any], count: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+    """Figures that depend on their content alone: those that were counted before, else counted now and kept."""
+    key = key_of(content)
+    for _, folder in variants(key):
+        rows = read_finished(folder, key)
+        if rows is not None:
+            return rows
+    entry, rows = Entry(key, COUNTED, 1), count()
+    entry.write(0, rows)
+    entry.finish(content)
+    return rows
 
 
 def part(folder: Path, shard: int) -> Path:

@@ -7,7 +7,7 @@ A caption is kept by the captioner's fingerprint and the picture's identity, wha
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -110,11 +110,8 @@ def write(
     missing = images.table.index[~images.table.image.isin(known.index)]
     if not len(missing):
         return known.reindex(images.table.image)
-    blip = loaded(captioner, placement)
     done = len(images) - len(missing)
-    for start in range(0, len(missing), BATCH):
-        rows = missing[start : start + BATCH]
-        texts = blip([decode(images.read(row))[0] for row in rows])
+    for rows, texts in spoken(captioner, images, missing, placement):
         notes = pd.DataFrame({"image": images.table.image[rows].to_numpy(), "caption": texts})
         cache.add_notes(key(captioner), notes)
         known = pd.concat([known, notes.set_index("image").caption])
@@ -122,6 +119,20 @@ def write(
         if tick:
             tick(done, len(images))
     return known.reindex(images.table.image)
+
+
+def spoken(
+    captioner: Captioner, images: ImageSet, rows: pd.Index, placement: Placement
+) -> Iterator[tuple[pd.Index, list[str]]]:
+    """Captions of some rows of a set, batch by batch; nothing is kept.
+
+    Raises:
+        InputError: the captioner's weights do not fit its config.
+    """
+    blip = loaded(captioner, placement)
+    for start in range(0, len(rows), BATCH):
+        batch = rows[start : start + BATCH]
+        yield batch, blip([decode(images.read(row))[0] for row in batch])
 
 
 @lru_cache(maxsize=1)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from oms_core.denoiser import Denoiser
 
 SHARD = 512  # pictures; rounded up to whole batches
+UNKEPT_BATCH = 16  # pictures; a visitor's are few, and a batch is always filled up
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,44 @@ def compute(plan: Plan, tick: Tick | None = None) -> dict[str, pd.DataFrame]:
     for task, entry in entries.items():
         entry.finish(task.content)
     return {task.attack.name: pd.concat(frames, ignore_index=True) for task, frames in parts.items()}
+
+
+def unkept(planned: Plan, tick: Tick | None = None, batch: int = UNKEPT_BATCH) -> dict[str, pd.DataFrame]:
+    """What a plan asks, by attack, for pictures that are a visitor's own: nothing of it is kept anywhere.
+
+    Args:
+        planned: attacks that are not learned, and the pictures.
+        tick: called after each batch, without the distances; it may raise to stop.
+        batch: pictures at once.
+
+    Raises:
+        InputError: see `oms_core.families.load`; or the device ran out of memory.
+    """
+    run, images = planned.run, planned.images
+    placement = place(run.device, run.dtype)
+    denoiser = loaded(planned.model, placement)
+    images, done = with_unkept_captions(planned, placement), 0
+    parts: dict[str, list[pd.DataFrame]] = {task.attack.name: [] for task in planned.tasks}
+    with fitting(placement, batch):
+        for came_in in batches(denoiser, images, [*planned.tasks], batch, run):
+            for task, rows in came_in.items():
+                parts[task.attack.name].append(rows)
+            done += len(rows)
+            if tick:
+                tick(Progress(done, len(images), {}))
+    return {name: pd.concat(frames, ignore_index=True) for name, frames in parts.items()}
+
+
+def with_unkept_captions(planned: Plan, placement: Placement) -> ImageSet:
+    """The pictures of a plan, with captions written for those that still need one, and not kept."""
+    images = planned.images
+    missing = images.table.index[images.table.caption.isna()]
+    texts = images.table.caption.copy()
+    if len(missing):
+        captioner = captions.describe(planned.run.captioner)
+        for rows, said in captions.spoken(captioner, images, missing, placement):
+            texts[rows] = said
+    return replace(images, table=images.table.assign(caption=texts))
 
 
 def captioned(plan: Plan, placement: Placement, tick: Tick | None = None) -> ImageSet:
@@ -279,13 +318,29 @@ def pictures_of(found: Trace, denoiser: Denoiser, x_0: Tensor) -> np.ndarray:
 
 def compute_trace(planned: Plan, image: str) -> Trace:
     """Ask the model for the iterates of one picture, and keep them."""
+    run = planned.run
+    placement = place(run.device, run.dtype)
+    group = replace(planned.images, table=planned.images.table[planned.images.table.image == image])
+    found = traced(replace(planned, images=captioned(replace(planned, images=group), placement)))
+    content = trace_content(planned, image)
+    entry = cache.Entry(cache.key_of(content), cache.Variant(placement.device, placement.dtype, 1, run.steps), 1)
+    entry.write(0, found.rows())
+    entry.finish(content)
+    return found
+
+
+def unkept_trace(planned: Plan) -> Trace:
+    """Ask the model for the iterates of a plan's only picture, a visitor's own, and keep nothing."""
+    placement = place(planned.run.device, planned.run.dtype)
+    return traced(replace(planned, images=with_unkept_captions(planned, placement)))
+
+
+def traced(planned: Plan) -> Trace:
+    """The iterates of a plan's only picture under its first attack."""
     import torch
 
-    run, task = planned.run, planned.tasks[0]
-    placement = place(run.device, run.dtype)
-    denoiser = loaded(planned.model, placement)
-    group = replace(planned.images, table=planned.images.table[planned.images.table.image == image])
-    group = captioned(replace(planned, images=group), placement)
+    run, task, group = planned.run, planned.tasks[0], planned.images
+    denoiser = loaded(planned.model, place(run.device, run.dtype))
     with torch.inference_mode():
         probe = probe_of(denoiser, group, group.pixels(denoiser.profile), run)
         given, f = task.attack.search(probe, task.t)
@@ -293,10 +348,4 @@ def compute_trace(planned: Plan, image: str) -> Trace:
         eps = torch.cat(iterates).float().cpu().numpy()  # (N + 1, C, H, W)
         alpha, sigma = denoiser.coefficients(task.t + task.attack.reach)
         found = Trace(probe.x_0[0].float().cpu().numpy(), eps, alpha, sigma)
-        if planned.model.latent:
-            found = replace(found, pictures=pictures_of(found, denoiser, probe.x_0))
-    content = trace_content(planned, image)
-    entry = cache.Entry(cache.key_of(content), cache.Variant(placement.device, placement.dtype, 1, run.steps), 1)
-    entry.write(0, found.rows())
-    entry.finish(content)
-    return found
+        return replace(found, pictures=pictures_of(found, denoiser, probe.x_0)) if planned.model.latent else found

@@ -13,7 +13,6 @@ from oms_core.attacks import RIVALS
 from oms_core.run import Plan, Run, calls, scores
 
 METRICS = 1  # raised when a change of the code changes a figure
-VARIANT = "any", "float64", 0  # figures depend on the scores alone
 
 
 def with_rivals(run: Run) -> Run:
@@ -39,25 +38,16 @@ def evaluation(planned: Plan, signals: dict[str, pd.DataFrame], asked: tuple[str
         "calls": [[*key, count] for key, count in counted.items()],
         "rivals": rivals,
     }
-    entry = cache.Entry(cache.key_of(content), cache.Variant(*VARIANT, planned.run.steps), 1)
-    rows = kept(entry.key)
-    if rows is None:
+
+    def count() -> pd.DataFrame:
         rows = pd.DataFrame(metrics.evaluate(table, counted, rivals))
-        entry.write(0, rows.astype({name: float for name in rows if name.endswith(OPTIONAL)}))
-        entry.finish(content)
+        return rows.astype({name: float for name in rows if name.endswith(OPTIONAL)})
+
+    rows = cache.counted(content, count)
     return [plain(row) for row in rows.to_dict("records")]
 
 
 OPTIONAL = ("gain", "lead", "_lo", "_hi", "_auc", "tpr5", "tpr1", "tpr01")  # columns whose figures may be missing
-
-
-def kept(key: str) -> pd.DataFrame | None:
-    """Figures that were counted before."""
-    for _, folder in cache.variants(key):
-        rows = cache.read_finished(folder, key)
-        if rows is not None:
-            return rows
-    return None
 
 
 def plain(row: dict[str, Any]) -> dict[str, Any]:

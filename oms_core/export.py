@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import html
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import plotly.graph_objects as go
 
 from oms_core.errors import InputError
@@ -55,3 +57,46 @@ def picture(chart: Chart, title: str, kind: str) -> bytes:
         raise InputError(
             "A PNG or SVG needs Chrome or Chromium on this machine; install one, or write .html."
         ) from error
+
+
+FINDINGS = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>OMS Explorer: verdict</title>
+<style>{style}</style></head><body><h1>What can be said of {pictures} pictures</h1>
+<p>Asked of {model} with {attack} at t = {t}; compared with known pictures of {known}. No figure here says that a
+picture was trained on: it says how rare its score is among pictures that were not.</p>
+<ul>{says}</ul>{figure}{table}</body></html>
+"""
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how a cell begins that a spreadsheet would run
+
+
+def findings_page(found: dict[str, Any], chart: Chart) -> str:
+    """A verdict as an HTML page that loads nothing from elsewhere.
+
+    Args:
+        found: see `oms_core.audit.report`.
+        chart: the ruler.
+    """
+    table = findings_table(found).to_html(index=False, float_format="%.4g", border=0)
+    return FINDINGS.format(
+        style=STYLE,
+        pictures=len({row["image"] for row in found["pictures"]}),
+        model=html.escape(found["model"]),
+        attack=html.escape(found["attack"]),
+        t=found["t"],
+        known=html.escape(found["reference"]),
+        says="".join(f"<li>{html.escape(sentence)}</li>" for sentence in found["says"]),
+        figure=chart.figure.to_html(full_html=False, include_plotlyjs=True),
+        table=table,
+    )
+
+
+def findings_csv(found: dict[str, Any]) -> str:
+    """The pictures of a verdict as CSV; names that a spreadsheet would take for formulas begin with an apostrophe."""
+    table = findings_table(found)
+    names = [f"'{name}" if name.startswith(FORMULA) else name for name in table.file]
+    return table.assign(file=names).to_csv(index=False)
+
+
+def findings_table(found: dict[str, Any]) -> pd.DataFrame:
+    """A row per picture and n."""
+    return pd.DataFrame(found["pictures"])

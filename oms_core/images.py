@@ -6,7 +6,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -210,13 +210,18 @@ def in_tree(tree: Tree) -> Rows:
     return Rows(listed, lambda number: tree.read(listed[number].file))
 
 
-def collected(name: str, found: Rows) -> ImageSet:
+def collected(name: str, found: Rows, refused: Sequence[tuple[str, str]] = ()) -> ImageSet:
     """An image set; each picture is read once to take its identity and to see that it decodes.
+
+    Args:
+        name: how a user calls the set.
+        found: the pictures.
+        refused: file and reason of what was turned away before.
 
     Raises:
         InputError: no picture can be used.
     """
-    kept, rejected = {}, []
+    kept, rejected = {}, [*refused]
     for number, one in enumerate(found.listed):
         file, label, caption = (readable(text) for text in (one.file, one.label, one.caption))
         try:

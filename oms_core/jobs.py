@@ -45,7 +45,8 @@ class Job:
     """
 
     def __init__(self, key: str, work: Callable[[Tick], Any], viewer: str = "") -> None:
-        self.key, self.work = key, work
+        self.key = key
+        self.work: Callable[[Tick], Any] | None = work
         self.state, self.error = "queued", ""
         self.done, self.total, self.stage = 0, 0, ""
         self.signals: dict[str, list[pd.DataFrame]] = {}
@@ -72,6 +73,11 @@ class Job:
         if self.abandoned:
             self.cancel()
         return self.cancelled
+
+    def end(self, state: str, error: str = "") -> None:
+        """It is over, and holds no longer what its work needed."""
+        self.work, self.ended, self.error = None, time.monotonic(), error
+        self.state = state  # last: who sees it may read the rest
 
     @property
     def live(self) -> bool:
@@ -157,7 +163,7 @@ class Service:
         """End the queued jobs that nobody waits for any more."""
         for job in [job for job in self.queue if job.abandoned]:
             self.queue.remove(job)
-            job.ended, job.state = time.monotonic(), "cancelled"
+            job.end("cancelled")
 
     def _forget(self) -> None:
         over = [key for key, job in self.jobs.items() if not job.live]
@@ -210,7 +216,7 @@ class Service:
             outcome, error = "failed", str(problem)
         except BaseException as problem:  # whatever it is, the viewers are told and the worker lives on
             outcome, error = "failed", explain(problem)
-        job.ended, job.error, job.state = time.monotonic(), error, outcome
+        job.end(outcome, error)
 
 
 def explain(problem: BaseException) -> str:

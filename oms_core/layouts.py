@@ -39,6 +39,7 @@ IGNORED = ("Thumbs.db", "desktop.ini")
 BESIDE = (".txt", ".json", ".csv", ".npz", ".parquet", ".tsv", ".md")  # what may lie beside pictures
 MAX_WORDS = 512 * 2**20  # bytes of a file of captions
 MAX_ENTRIES, MAX_RATIO = 20_000, 200  # of a zip
+BOUNDED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # others are unpacked as a whole, whatever size is claimed
 LFW = re.compile(r"(?:.*/)?([^/]+)/\1_\d{4}\.(?:jpe?g|png)", re.IGNORECASE)
 
 
@@ -100,18 +101,18 @@ class Folder:
 
 @dataclass(eq=False)
 class Zip:
-    """The files in a zip archive; nothing is ever unpacked to disk."""
+    """The files in a zip archive, on disk or in memory; nothing is ever unpacked to disk."""
 
-    path: Path
+    source: Path | io.BytesIO
 
     @cached_property
     def archive(self) -> zipfile.ZipFile:
         try:
-            archive = zipfile.ZipFile(self.path)
+            archive = zipfile.ZipFile(self.source)
         except Exception as error:  # damage in the directory shows in many ways
-            raise InputError(f"{self.path} is no complete zip archive; pack it again.") from error
+            raise InputError(f"{self} is no complete zip archive; pack it again.") from error
         if len(archive.infolist()) > MAX_ENTRIES:
-            raise InputError(f"{self.path} holds more than {MAX_ENTRIES:,} files; unpack it and name the folder.")
+            raise InputError(f"{self} holds more than {MAX_ENTRIES:,} files; unpack it and name the folder.")
         return archive
 
     @cached_property
@@ -130,6 +131,8 @@ class Zip:
             raise InputError("it is a link")
         if entry.flag_bits & 1:
             raise InputError("it is encrypted")
+        if entry.compress_type not in BOUNDED:
+            raise InputError("it is packed in an unusual way; pack it again")
         if entry.file_size > most:
             raise InputError(f"the file is larger than {most >> 20} MB")
         if entry.file_size > MAX_RATIO * max(1, entry.compress_size):
@@ -141,7 +144,7 @@ class Zip:
             raise InputError("the entry is damaged") from error
 
     def __str__(self) -> str:
-        return str(self.path)
+        return str(self.source) if isinstance(self.source, Path) else "the archive"
 
 
 Tree = Folder | Zip

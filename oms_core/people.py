@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,3 +53,17 @@ def papers(row: dict[str, Any], shown: Sequence[str]) -> dict[str, str]:
         for name in shown
         if name != "asr"
     }
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON knows it: no NumPy numbers, no NaN."""
+    match value:
+        case dict():
+            return {str(key): plain(part) for key, part in value.items()}
+        case list() | tuple():
+            return [plain(part) for part in value]
+        case None | str() | bool() | int():
+            return value
+        case float():
+            return value if math.isfinite(value) else None
+    return plain(value.item())  # a NumPy number

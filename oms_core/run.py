@@ -15,7 +15,7 @@ import pandas as pd
 
 from oms_core import cache, captions, catalog
 from oms_core.attacks import ATTACKS, COMPARED, Attack, Learned, Search
-from oms_core.attacks.base import MAX_STEPS, NORMS, column
+from oms_core.attacks.base import MAX_STEPS, NORMS, column, pairs
 from oms_core.catalog import Model
 from oms_core.device import DEVICES, DTYPES
 from oms_core.errors import InputError
@@ -104,6 +104,18 @@ def plan(run: Run) -> Plan:
         images, auxiliary = with_captions(images, run), with_captions(auxiliary, run)
     planned = Plan(run, model, images, (), auxiliary)
     return replace(planned, tasks=tuple(task_of(attack, planned) for attack in attacks_of(run)))
+
+
+def about(planned: Plan, images: ImageSet) -> Plan:
+    """The questions of a plan, asked about other pictures, whatever their role.
+
+    Raises:
+        InputError: the model needs captions and these pictures have none.
+    """
+    if planned.model.captioned:
+        images = with_captions(images, planned.run)
+    moved = replace(planned, images=images, tasks=())
+    return replace(moved, tasks=tuple(task_of(task.attack, moved) for task in planned.tasks))
 
 
 def with_captions(images: ImageSet, run: Run) -> ImageSet:
@@ -327,6 +339,12 @@ class Trace:
     def residuals(self) -> list[float]:
         """||delta^n||_2 for n = 1 ... N."""
         return [float(np.linalg.norm(delta)) for delta in np.diff(self.eps, axis=0)]
+
+    def distances(self) -> pd.DataFrame:
+        """Every d(i, j) (Eq. 9) in one row, as an attack reads its signal."""
+        flat = self.eps.reshape(len(self.eps), -1).astype(np.float64)
+        found = {column(i, j, p): np.linalg.norm(flat[i] - flat[j], p) for p in NORMS for i, j in pairs(len(flat) - 1)}
+        return pd.DataFrame([found])
 
     def rows(self) -> pd.DataFrame:
         """As kept on disk: a row per iterate."""
