@@ -261,9 +261,8 @@ def said_of_shift(found: dict[str, Any] | None, first: str, second: str) -> str:
     if found is None:
         return f"Whether {first} differ from {second} by their pixels alone cannot be said: one of the two is missing."
     if found["auc"] is None:
-        return (
-            f"Whether {first} differ from {second} in kind takes {shift.FEWEST} of each; there are {found['pictures']}."
-        )
+        least = f"that takes {shift.FEWEST} of each"
+        return f"{found['pictures']} are too few to see whether {first} differ in kind from {second}: {least}."
     chance = (
         f"AUC {100 * found['auc']:.1f} %, chance gives {100 * found['chance_lo']:.1f} to {100 * found['chance_hi']:.1f}"
     )
@@ -276,13 +275,17 @@ def said_of_shift(found: dict[str, Any] | None, first: str, second: str) -> str:
 
 
 def shifted(audit: Audit) -> bool:
-    """Whether the pictures in question are of another kind than the reference."""
-    return bool(audit.shift and audit.shift["alarm"])
+    """Whether the pictures in question, or some of them, are of another kind than the reference."""
+    return bool(audit.shift and audit.shift["alarm"]) or any(odd(row) for row in audit.pictures.itertuples())
 
 
 def in_question(audit: Audit) -> str:
-    """The shift alarm of an audit as a sentence."""
-    return said_of_shift(audit.shift, "these pictures", "the known non-members")
+    """The shift alarm of an audit as a sentence, with how many single pictures are unusual."""
+    first = audit.pictures[audit.pictures.n == 1]
+    strange = sum(odd(row) for row in first.itertuples())
+    said = said_of_shift(audit.shift, "these pictures", "the known non-members")
+    single = f" {strange} of {len(first)} look unlike every known non-member: of such a picture the attack says little."
+    return said + single * bool(strange)
 
 
 def report(audit: Audit) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def features(pixels: np.ndarray) -> np.ndarray:
     flat = grey.reshape(len(grey), -1)
     colours = pixels.reshape(len(pixels), -1, pixels.shape[3]).mean(axis=1) / 255
     levels = [np.quantile(flat, LEVELS, axis=1).T, flat.mean(1), flat.std(1), (flat == 0).mean(1), (flat == 1).mean(1)]
-    edges = [np.abs(np.diff(grey, order, axis=axis)).mean((1, 2)) for order in (1, 2) for axis in (1, 2)]
+    edges = [np.abs(np.diff(grey, order, axis=axis)).sum((1, 2)) / flat.shape[1] for order in (1, 2) for axis in (1, 2)]
     shades = [len(np.unique(picture)) / 256 for picture in pixels]
     return np.column_stack(
         [thumbnails(grey), *levels, colours, np.log(LEAST + np.array(edges).T), spectrum(grey), shades]
@@ -66,44 +66,46 @@ def spectrum(grey: np.ndarray) -> np.ndarray:
 
 
 def compare(first: np.ndarray, second: np.ndarray, seed: int = 0) -> dict[str, Any]:
-    """How well a classifier tells two sets apart that never asks a model.
-
-    A ridge regression on `features`, cross-validated. The same regression on shuffled labels says what chance gives:
-    for sets that are drawn alike the alarm goes off with a probability of at most `ALARM`, whatever the features.
+    """How well a classifier tells two sets apart that never asks a model, see `told_apart`.
 
     Args:
         first, second: pictures of either set as a model takes them, (N, H, W, C) uint8.
         seed: of the folds and the shuffling.
 
     Returns:
-        `pictures` (of the smaller set), `auc`, `chance_lo` and `chance_hi` (the central 95 % of the shuffled), `p`,
+        `pictures` (of the smaller set), `auc`, `chance_lo` and `chance_hi` (the central 95 % of shuffled labels), `p`,
         and `alarm`. All but the first are None where a set has fewer than `FEWEST` pictures.
+    """
+    fewest = min(len(first), len(second))
+    if fewest < FEWEST:
+        return {"pictures": fewest, "auc": None, "chance_lo": None, "chance_hi": None, "p": None, "alarm": None}
+    return {"pictures": fewest} | told_apart(features(first), features(second), seed)
+
+
+def told_apart(first: np.ndarray, second: np.ndarray, seed: int = 0) -> dict[str, Any]:
+    """A ridge regression on features, cross-validated, beside the same regression on shuffled labels.
+
+    For sets that are drawn alike the alarm goes off with a probability of at most `ALARM`, whatever the features.
+
+    Args:
+        first, second: features of either set, (N, F).
+        seed: of the folds and the shuffling.
     """
     from scipy.stats import rankdata
     from sklearn.linear_model import Ridge
     from sklearn.model_selection import KFold, cross_val_predict
     from sklearn.preprocessing import scale
 
-    fewest = min(len(first), len(second))
-    if fewest < FEWEST:
-        return {"pictures": fewest, "auc": None, "chance_lo": None, "chance_hi": None, "p": None, "alarm": None}
     label = np.repeat([1.0, 0.0], [len(first), len(second)])
     rng = np.random.default_rng(seed)
     labels = np.column_stack([label, *(rng.permutation(label) for _ in range(SHUFFLES))])
     folds = KFold(FOLDS, shuffle=True, random_state=seed)
-    seen = scale(np.concatenate([features(first), features(second)]))
-    ranks = rankdata(cross_val_predict(Ridge(PENALTY), seen, labels, cv=folds), axis=0)
+    predicted = cross_val_predict(Ridge(PENALTY), scale(np.concatenate([first, second])), labels, cv=folds)
+    ranks = rankdata(predicted, axis=0)
     auc = ((ranks * labels).sum(axis=0) / len(first) - (len(first) + 1) / 2) / len(second)
     low, high = np.quantile(auc[1:], [0.025, 0.975])
-    p = (1 + (auc[1:] >= auc[0]).sum()) / (1 + SHUFFLES)
-    return {
-        "pictures": fewest,
-        "auc": float(auc[0]),
-        "chance_lo": float(low),
-        "chance_hi": float(high),
-        "p": float(p),
-        "alarm": bool(p <= ALARM),
-    }
+    p = float(1 + (auc[1:] >= auc[0]).sum()) / (1 + SHUFFLES)
+    return {"auc": float(auc[0]), "chance_lo": float(low), "chance_hi": float(high), "p": p, "alarm": p <= ALARM}
 
 
 def unusual(pixels: np.ndarray, reference: np.ndarray) -> np.ndarray:

@@ -62,13 +62,14 @@ def receive(context: Context) -> None:
     """Take pictures in, or an example; what was sent is checked at once, and Streamlit's copy is let go."""
     number = st.session_state.setdefault("upload number", 0)
     files = st.file_uploader(
-        "Your pictures", type=["image/*", ".zip"], accept_multiple_files=True, key=f"files {number}", help=LIMITS
+        "Your pictures", type=["image/*", ".zip"], accept_multiple_files=True, key=f"files {number}"
     )
     if files:
         take(lambda: uploads.received([(file.name, file.getvalue()) for file in files]))
         let_go()
         st.rerun()
-    st.caption(LIMITS)
+    if "uploads" not in st.session_state:
+        st.caption(LIMITS)
     if problem := st.session_state.get("upload problem"):
         st.error(problem)
     examples(context)
@@ -247,10 +248,10 @@ def gallery(found: Audit) -> None:
             table = table.assign(**{title: wide[n].astype(float).to_numpy()})
     st.dataframe(
         table, hide_index=True, key="gallery", on_select=choose, selection_mode="single-row", row_height=56, height=380,
-        column_order=["sent", "seen", *P_COLUMNS.values(), "file", "changed on the way"],
+        column_order=["sent", "seen", *P_COLUMNS.values(), "changed on the way", "file"],
         column_config={
             "sent": st.column_config.ImageColumn("as sent", width=64),
-            "seen": st.column_config.ImageColumn("as the model sees it", width=64),
+            "seen": st.column_config.ImageColumn("as seen", width=64, help="As the model sees it."),
             **{title: st.column_config.NumberColumn(format="%.3f", width=64) for title in P_COLUMNS.values()},
         },
         alt=f"Your {len(table)} pictures, as they were sent and as the model sees them, with their p-values.",
@@ -302,7 +303,7 @@ def heading(n: int) -> str:
 def rejects(images: ImageSet) -> None:
     """What could not be used, and why."""
     if len(images.rejected):
-        with st.expander(f"{len(images.rejected)} files could not be used"):
+        with st.expander(f"{len(images.rejected)} could not be used"):
             st.dataframe(images.rejected, hide_index=True)
 
 
