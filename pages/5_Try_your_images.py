@@ -68,14 +68,14 @@ def receive(context: Context) -> None:
         take(lambda: uploads.received([(file.name, file.getvalue()) for file in files]))
         let_go()
         st.rerun()
-    if "uploads" not in st.session_state:
+    if st.session_state.get("uploads") is None:
         st.caption(LIMITS)
     if problem := st.session_state.get("upload problem"):
         st.error(problem)
     examples(context)
 
 
-def take(read: Callable[[], ImageSet]) -> None:
+def take(read: Callable[[], ImageSet | None]) -> None:
     """New pictures in place of the last, or the sentence why there are none."""
     state = st.session_state
     try:
@@ -98,7 +98,6 @@ def let_go() -> None:
 
 def drop() -> None:
     """Forget the pictures."""
-    st.session_state.pop("uploads", None)
     take(lambda: None)
 
 
@@ -117,7 +116,7 @@ def examples(context: Context) -> None:
             args=(lambda role=role, change=change: example(context, role, change),),
             width="stretch",
         )
-    if "uploads" in st.session_state:
+    if st.session_state.get("uploads") is not None:
         columns[3].button("Remove your pictures", on_click=drop, width="stretch", icon=":material/delete:")
 
 
