@@ -54,6 +54,20 @@ CARDS = (
         {"model": "sd-fashion", "n": "2", "captions": "blip"},
     ),
     (
+        "Who is wrongly accused?",
+        "pages/4_Inspect.py",
+        ":material/search:",
+        "The pictures behind the errors: arrow through the most wrongly accused, and see which attack catches whom.",
+        {"model": "ddpm-fashion", "attack": "PIA", "fpr": "0.01"},
+    ),
+    (
+        "Your own pictures",
+        "pages/5_Try_your_images.py",
+        ":material/add_photo_alternate:",
+        "Hand in a few pictures: where do they fall between members and pictures that the model never saw?",
+        {"model": "ddpm-digits", "attack": "PIA", "fpr": "0.01"},
+    ),
+    (
         "When does it work?",
         "pages/6_Sweep.py",
         ":material/grid_on:",
@@ -68,7 +82,7 @@ CARDS = (
         {},
     ),
 )
-PER_ROW = 4
+PER_ROW = 5
 
 
 def cards() -> None:
