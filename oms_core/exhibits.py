@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from oms_core import catalog, figures, laboratory, metrics, paper
+from oms_core import catalog, figures, laboratory, metrics, paper, shift
 from oms_core.attacks import ATTACKS, COMPARED
 from oms_core.attacks.base import column
 from oms_core.compute import Tick, score
@@ -108,11 +108,12 @@ def roc(planned: Plan, signals: Signals, scale: str = "linear") -> Chart:
 
 def curves(table: pd.DataFrame, scales: tuple[str, ...]) -> Chart:
     """The ROC curve of every attack and n in a score table, a panel for each scale."""
-    found = {}
+    found, pictures = {}, {}
     for (attack, n), rows in table.groupby(["attack", "n"], sort=False):
         values, member = rows.score.to_numpy(), rows.member.to_numpy()
         found[attack, n] = metrics.roc(values, member), metrics.auc(values, member)
-    return figures.roc_curves(found, scales)
+        pictures[attack, n] = ["", *rows.sort_values("score", ascending=False).drop_duplicates("score").image]
+    return figures.roc_curves(found, scales, pictures)
 
 
 def both_rocs(planned: Plan, signals: Signals) -> Chart:
@@ -197,12 +198,14 @@ def figure(name: str, run: Run, tick: Tick | None = None) -> tuple[Plan, Chart]:
 def evaluate(run: Run, tick: Tick | None = None) -> list[dict[str, Any]]:
     """The figures of every attack and n of a run, see `metrics.evaluate`, with the baseline of equal budget.
 
-    Rows carry model and images too.
+    Rows carry model and images too, and `pixels_auc`: what a classifier makes of the pictures without the model.
     """
     asked, run = run.attacks, with_rivals(run)
     planned = plan(run)
     names = {"model": planned.model.name, "images": planned.images.name}
-    return [names | row for row in laboratory.figures_of(run, asked, tick)]
+    rows = laboratory.figures_of(run, asked, tick)
+    alone = shift.of_roles(planned)
+    return [names | row | {"pixels_auc": alone and alone["auc"]} for row in rows]
 
 
 @dataclass(frozen=True)

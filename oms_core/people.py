@@ -27,6 +27,7 @@ def readable(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         {name: row[name] for name in NAMES if name in row}
         | ({"ASR %": f"{100 * row['asr']:.1f} ± {100 * row['asr_sd']:.1f}"} if "asr" in row else {})
         | {title: with_interval(row, name, form) for name, (title, form) in MEASURES.items() if name in row}
+        | ({"pixels alone %": f"{100 * row['pixels_auc']:.1f}"} if row.get("pixels_auc") is not None else {})
         | ({"note": row["note"]} if row.get("note") else {})
         for row in rows
     ]
