@@ -6,6 +6,7 @@ noise belongs to a picture, so a picture's distances are bit-identical in any co
 
 from __future__ import annotations
 
+import gc
 import hashlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -120,7 +121,20 @@ def loaded(model: Model, placement: Placement) -> Denoiser:
     """The model in memory; at most two stay."""
     from oms_core.families import load
 
-    return load(model, placement)
+    denoiser = load(model, placement)
+    set_libraries_aside()
+    return denoiser
+
+
+@lru_cache(1)
+def set_libraries_aside() -> None:
+    """Spare the garbage collector the objects of the libraries, half a million, which stay anyway; once.
+
+    Streamlit has it look through everything after each run of each visitor, which takes a third of a second, and
+    a few who watch a job would leave it no time.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def compute(plan: Plan, tick: Tick | None = None) -> dict[str, pd.DataFrame]:

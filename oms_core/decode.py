@@ -13,6 +13,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 50_000_000
 MIN_SIDE, MAX_SIDE, MAX_ASPECT = 2, 16_384, 20
+BAND = 256  # rows that are laid on white at once
 MAX_SCANS = 100  # of a progressive JPEG: each is decoded over all pixels, so a small file could take hours
 PLAIN_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 DEEP_GREY_MODES = ("I;16", "I;16B", "I;16L")
@@ -72,7 +73,7 @@ def _decode(data: bytes) -> tuple[Image.Image, list[str]]:
     if picture.format == "PNG" and b"IEND" not in data:
         notes.append("the end of the file is missing, but no pixel is")
     picture.load()
-    picture = ImageOps.exif_transpose(picture)
+    ImageOps.exif_transpose(picture, in_place=True)
     for change in (scale_to_8_bit, lay_on_white, to_grey_or_rgb):
         picture, note = change(picture)
         notes.append(note)
@@ -137,14 +138,20 @@ def scale_to_8_bit(picture: Image.Image) -> tuple[Image.Image, str]:
 def lay_on_white(picture: Image.Image) -> tuple[Image.Image, str]:
     if not picture.has_transparency_data:
         return picture, ""
-    rgba = picture.convert("RGBA")
-    white = Image.new("RGBA", rgba.size, "white")
-    note = "transparent pixels laid on white" if rgba.getextrema()[3][0] < 255 else ""
-    return Image.alpha_composite(white, rgba).convert("RGB"), note
+    whole, note = Image.new("RGB", picture.size), ""
+    for top in range(0, picture.height, BAND):  # in memory a large picture stands only twice
+        rgba = picture.crop((0, top, picture.width, min(top + BAND, picture.height))).convert("RGBA")
+        if rgba.getextrema()[3][0] < 255:
+            note = "transparent pixels laid on white"
+        white = Image.new("RGBA", rgba.size, "white")
+        whole.paste(Image.alpha_composite(white, rgba).convert("RGB"), (0, top))
+    return whole, note
 
 
 def to_grey_or_rgb(picture: Image.Image) -> tuple[Image.Image, str]:
-    if picture.mode in ("1", "L"):
+    if picture.mode in ("L", "RGB"):
+        return picture, ""
+    if picture.mode == "1":
         return picture.convert("L"), ""
     note = "CMYK converted to RGB without a colour profile" if picture.mode == "CMYK" else ""
     return picture.convert("RGB"), note

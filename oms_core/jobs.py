@@ -7,6 +7,7 @@ finished is kept on disk. Short questions pass between the batches of a long job
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 import time
@@ -90,7 +91,12 @@ class Job:
     @property
     def rate(self) -> float:
         """Pictures per second so far."""
-        return self.done / max(1e-9, (self.ended if not self.live else time.monotonic()) - self.started)
+        return self.done / max(1e-9, self.took)
+
+    @property
+    def took(self) -> float:
+        """Seconds so far, or until it was over."""
+        return (time.monotonic() if self.live else self.ended) - self.started
 
     def so_far(self, attack: str) -> pd.DataFrame | None:
         """The distances of an attack that have come in."""
@@ -196,6 +202,8 @@ class Service:
 
     def _run(self, job: Job) -> None:
         job.state, job.started = "running", time.monotonic()
+        name = hashlib.sha256(job.key.encode()).hexdigest()[:8]
+        log.info("Job %s starts", name)
 
         def tick(progress: Progress) -> None:
             job.done, job.total, job.stage = progress.done, progress.total, progress.stage
@@ -217,6 +225,7 @@ class Service:
         except BaseException as problem:  # whatever it is, the viewers are told and the worker lives on
             outcome, error = "failed", explain(problem)
         job.end(outcome, error)
+        log.info("Job %s is %s after %d of %d pictures, %.1f s", name, outcome, job.done, job.total, job.took)
 
 
 def explain(problem: BaseException) -> str:

@@ -8,6 +8,7 @@ import time
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 
+from oms_core.decode import MAX_BYTES
 from oms_core.errors import InputError
 from oms_core.images import ImageSet, collected
 from oms_core.layouts import BESIDE, Listed, Rows, Zip
@@ -87,7 +88,8 @@ def pictures_in(name: str, data: bytes) -> Iterator[tuple[str, int, Read]]:
         raise InputError("the zip holds no pictures")
     source.careful = False
     for file in files:
-        yield file, archive.archive.getinfo(file).file_size, lambda file=file: archive.read(file)
+        size = archive.archive.getinfo(file).file_size
+        yield file, size if size <= MAX_BYTES else 0, lambda file=file: archive.read(file)  # a larger one is refused
 
 
 class Careful(io.BytesIO):

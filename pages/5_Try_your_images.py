@@ -79,7 +79,9 @@ def take(read: Callable[[], ImageSet | None]) -> None:
     """New pictures in place of the last, or the sentence why there are none."""
     state = st.session_state
     try:
-        state["uploads"], state["upload problem"] = read(), ""
+        images = read()
+        state.pop("uploads", None)  # else Streamlit holds the last pictures until the next run
+        state["uploads"], state["upload problem"] = images, ""
     except InputError as error:
         state["upload problem"] = str(error)
     state["upload number"] += 1

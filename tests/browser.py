@@ -10,6 +10,8 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -25,25 +27,55 @@ READY = "[data-testid=stApp][data-test-script-state=notRunning]"
 WAIT = 60_000  # milliseconds
 
 
-@pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The app on a free port, with an empty cache of its own."""
+@dataclass(frozen=True)
+class Served:
+    """A server that runs.
+
+    Attributes:
+        address: where, http://...
+        log: the file of what it says.
+        process: its number.
+    """
+
+    address: str
+    log: Path
+    process: int
+
+    @property
+    def port(self) -> int:
+        return int(self.address.rpartition(":")[2])
+
+
+@contextmanager
+def serving(folder: Path, **environment: str) -> Iterator[Served]:
+    """The app on a free port, with an empty cache of its own; its log must stay free of failures."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = os.environ | {"OMS_CACHE": str(tmp_path_factory.mktemp("cache"))}
     command = [sys.executable, "-m", "streamlit", "run", "app.py", "--server.port", str(port)]
-    log = (tmp_path_factory.mktemp("log") / "server.log").open("w+")
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
-    address = f"http://127.0.0.1:{port}"
+    address, log = f"http://127.0.0.1:{port}", folder / "server.log"
+    with log.open("w") as said:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=os.environ | {"OMS_CACHE": str(folder / "cache")} | environment,
+            stdout=said,
+            stderr=subprocess.STDOUT,
+        )
     try:
         wait_for(address, process)
-        yield address
-        log.seek(0)
-        assert "Traceback" not in log.read()
+        yield Served(address, log, process.pid)
+        assert "Traceback" not in log.read_text()
     finally:
         process.terminate()
         process.wait(20)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of the app, for all who only look at it."""
+    with serving(tmp_path_factory.mktemp("server")) as served:
+        yield served.address
 
 
 def wait_for(address: str, process: subprocess.Popen) -> None:
@@ -81,7 +113,7 @@ class Visitor:
         self.page = self.context.new_page()
         self.page.set_default_timeout(WAIT)
         self.elsewhere: list[str] = []
-        self.page.on("request", lambda request: self.note(request.url))
+        self.context.on("request", lambda request: self.note(request.url))
 
     def note(self, url: str) -> None:
         if not url.startswith((self.address, self.address.replace("http", "ws"), "data:", "blob:")):

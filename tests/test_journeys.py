@@ -58,12 +58,13 @@ def test_a_click_on_an_outlier_opens_its_picture(visitor: Visitor) -> None:
         for across in range(25, 70, 5):
             visitor.page.mouse.click(box["x"] + box["width"] * across / 100, box["y"] + box["height"] * down / 100)
             visitor.page.wait_for_timeout(50)
-            if visitor.page.get_by_text("Residuals:").count():
+            if visitor.page.get_by_role("dialog").count():
                 break
         else:
             continue
         break
-    visitor.says("Residuals:")
+    visitor.page.get_by_role("dialog").get_by_text("Its search by NA").wait_for()
+    visitor.settle()
     visitor.shoot("convergence")
     visitor.page.get_by_role("button", name="Step its search").click()
     visitor.page.get_by_role("heading", name="Step the search", exact=True).wait_for()

@@ -294,7 +294,7 @@ def test_metadata_in_a_zip_may_name_what_is_not_there(tmp_path: Path) -> None:
     assert reasons(found) == {"z.png": "it is not in the archive", "x\0y": "it is not in the archive"}
 
 
-@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 def test_a_damaged_zip_is_refused_or_lists_what_is_damaged(tmp_path: Path, method: int) -> None:
     files = {"member/a.png": A, "nonmember/b.png": B, "member/a.txt": "words"}
     whole = zip_of(tmp_path / "whole.zip", files, method).read_bytes()
