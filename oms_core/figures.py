@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
@@ -25,8 +27,11 @@ ATTACK_COLOURS = {
 }
 DASH = {1: "dot", 2: "solid", 3: "dash"}  # the paper's convention: dotted without OMS, solid with
 LEAST_RATE = 1e-3  # where the log-scaled ROC begins
+DOTS = {"size": 5, "maxdisplayed": 40}  # on a curve that can be clicked; those not drawn can be clicked too
 SUPERSCRIPT = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 BAND = (0.1, 0.9)  # quantiles of a cohort drawn as a band
+GAP = 0.3  # between the boxes of two n, and between those of one n, as shares
+NAME = 12  # hex digits of a picture's SHA-256 that a clicked point carries
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,11 @@ def label_of(attack: str, n: int) -> str:
     return attack if n == 1 else f"{attack} +OMS" if n == 2 else f"{attack} n = {n}"
 
 
+def names(images: Iterable[str]) -> list[str]:
+    """Pictures as a clicked point carries them: by the beginning of their SHA-256."""
+    return [image[:NAME] for image in images]
+
+
 def residual_boxes(residuals: pd.DataFrame, dimension: int) -> Chart:
     """Boxes of ||delta^n|| by n for members and non-members, with the distance of two noises (Fig. 1, below).
 
@@ -69,19 +79,40 @@ def residual_boxes(residuals: pd.DataFrame, dimension: int) -> Chart:
         dimension: how many numbers a picture has; two draws from N(0, I) are about sqrt(2 d) apart.
     """
     figure = go.Figure()
-    for member, name, colour, _, _ in GROUPS:
-        rows = residuals[residuals.member == member]
-        figure.add_box(
-            x=rows.n, y=rows.residual, name=name, marker_color=colour, boxpoints="outliers",
-            line_width=1.5, marker_size=3, customdata=rows[["image"]], offsetgroup=name,
-        )  # fmt: skip
+    add_boxes_and_outliers(figure, residuals, "residual")
     green = add_noise_line(figure, dimension, residuals.n.max())
-    figure.update_layout(boxmode="group")
     figure.update_yaxes(residual_axis(np.append(residuals.residual, green)))
     figure.update_xaxes(dtick=1)
     layout(figure, "step n", "residual ‖δⁿ‖₂")
     table = residuals.groupby(["n", "member"]).residual.describe()[["count", "25%", "50%", "75%"]].reset_index()
     return Chart(figure, residual_sentence(residuals), table)
+
+
+def add_boxes_and_outliers(figure: go.Figure, rows: pd.DataFrame, value: str) -> None:
+    """Boxes of a value by n, members beside non-members, and what lies outside the whiskers as points to click.
+
+    Whiskers reach to the last picture within 1.5 interquartile ranges of the box; what is not finite is left out.
+    """
+    rows = rows[np.isfinite(rows[value])]
+    for side, (member, name, colour, symbol, _) in zip((-1, 1), GROUPS, strict=True):
+        group = rows[rows.member == member]
+        quartiles = group.groupby("n")[value].quantile([0.25, 0.5, 0.75]).unstack().reindex(columns=[0.25, 0.5, 0.75])
+        reach = 1.5 * (quartiles[0.75] - quartiles[0.25])
+        low, high = group.n.map(quartiles[0.25] - reach), group.n.map(quartiles[0.75] + reach)
+        inside = group[value].between(low, high)
+        whiskers = group[inside].groupby("n")[value].agg(["min", "max"])
+        figure.add_box(
+            x=quartiles.index, q1=quartiles[0.25], median=quartiles[0.5], q3=quartiles[0.75],
+            lowerfence=whiskers["min"], upperfence=whiskers["max"], name=name, marker_color=colour, line_width=1.5,
+            offsetgroup=name, legendgroup=name,
+        )  # fmt: skip
+        outside = group[~inside]
+        figure.add_scatter(
+            x=outside.n + side * (1 - GAP) / 4, y=outside[value], mode="markers", name=f"{name}, outliers",
+            marker={"color": colour, "symbol": symbol, "size": 5}, customdata=names(outside.image),
+            legendgroup=name, showlegend=False, hovertemplate="%{y:.3g}",
+        )  # fmt: skip
+    figure.update_layout(boxmode="group", boxgap=GAP, boxgroupgap=GAP)
 
 
 def residual_and_error(residuals: pd.DataFrame, errors: pd.DataFrame, dimension: int, shown: int = 10) -> Chart:
@@ -152,12 +183,17 @@ def residual_sentence(residuals: pd.DataFrame) -> str:
     return "Median residual of members and non-members at " + "; ".join(shown) + "."
 
 
-def roc_curves(curves: Mapping[tuple[str, int], tuple[Roc, float]], scales: Sequence[str] = ("linear",)) -> Chart:
+def roc_curves(
+    curves: Mapping[tuple[str, int], tuple[Roc, float]],
+    scales: Sequence[str] = ("linear",),
+    pictures: Mapping[tuple[str, int], Sequence[str]] = MappingProxyType({}),
+) -> Chart:
     """ROC curves, dotted without OMS and solid with, one colour per attack (Fig. D.1, D.2).
 
     Args:
         curves: the curve and its AUC, by attack and n.
         scales: a panel for each, linear or log; log axes begin at 0.001.
+        pictures: for each threshold of a curve one whose score it is, "" for the first; with them it can be clicked.
     """
     figure = make_subplots(1, len(scales), horizontal_spacing=0.08)
     for place, scale in enumerate(scales, start=1):
@@ -168,12 +204,16 @@ def roc_curves(curves: Mapping[tuple[str, int], tuple[Roc, float]], scales: Sequ
             showlegend=place == 1, row=1, col=place,
         )  # fmt: skip
         for (attack, n), (curve, auc) in curves.items():
-            fpr, tpr = (np.maximum(rate, LEAST_RATE) if log else rate for rate in corners(curve))
+            kept = corners(curve)
+            fpr, tpr = (np.maximum(rate[kept], LEAST_RATE if log else 0) for rate in (curve.fpr, curve.tpr))
             figure.add_scatter(
                 x=fpr, y=tpr, mode="lines", name=f"{label_of(attack, n)} ({100 * auc:.1f})",
                 line={"color": colour_of(attack), "dash": DASH.get(n, "longdash"), "width": 2},
                 legendgroup=f"{attack} {n}", showlegend=place == 1, row=1, col=place,
             )  # fmt: skip
+            if pictures:
+                carried = np.asarray(names(pictures[attack, n]))[kept]
+                figure.data[-1].update(mode="lines+markers", marker=DOTS, customdata=carried.tolist())
         axis = {"type": "log", "range": [math.log10(LEAST_RATE), 0.02], "dtick": 1} if log else {"range": [-0.01, 1.01]}
         figure.update_xaxes(axis, col=place)
         figure.update_yaxes(axis, col=place)
@@ -184,12 +224,12 @@ def roc_curves(curves: Mapping[tuple[str, int], tuple[Roc, float]], scales: Sequ
     return Chart(figure, alt, pd.DataFrame(rows))
 
 
-def corners(curve: Roc) -> tuple[np.ndarray, np.ndarray]:
-    """The ends of a curve and the points where it turns; the others lie between them."""
+def corners(curve: Roc) -> np.ndarray:
+    """Which points of a curve are its ends or where it turns, (K,) bool; the others lie between them."""
     direction = np.arctan2(np.diff(curve.tpr), np.diff(curve.fpr))
     kept = np.ones(len(curve.fpr), bool)
     kept[1:-1] = ~np.isclose(direction[:-1], direction[1:])
-    return curve.fpr[kept], curve.tpr[kept]
+    return kept
 
 
 def histograms(scores: pd.DataFrame, threshold: Mapping[int, float], bins: int = 50) -> Chart:
@@ -201,12 +241,24 @@ def histograms(scores: pd.DataFrame, threshold: Mapping[int, float], bins: int =
         group = scores[scores.n == n]
         low, high = np.quantile(group.score, [0.002, 1])
         width = (high - low) / bins or 1  # 1 where all scores are equal
+        tallest = 0.0
         for member, name, colour, _, _ in GROUPS:
+            values = group.score[group.member == member].clip(low)
             figure.add_histogram(
-                x=group.score[group.member == member].clip(low), name=name, marker_color=colour, opacity=0.6,
+                x=values, name=name, marker_color=colour, opacity=0.6,
                 xbins={"start": low, "end": high + width, "size": width}, histnorm="probability",
                 marker_pattern_shape="" if member else "/", legendgroup=name, showlegend=place == 1, row=1, col=place,
             )  # fmt: skip
+            counts, _ = np.histogram(values, bins + 1, (low, low + (bins + 1) * width))
+            tallest = max(tallest, counts.max() / max(1, len(values)))
+        for below, (member, name, colour, symbol, _) in zip((0.05, 0.11), GROUPS, strict=True):
+            rows = group[group.member == member]
+            figure.add_scatter(
+                x=rows.score.clip(low), y=np.full(len(rows), -below * tallest), mode="markers", name=f"{name}, each",
+                marker={"color": colour, "symbol": symbol, "size": 6, "opacity": 0.5}, customdata=names(rows.image),
+                legendgroup=name, showlegend=False, hovertemplate="%{x:.4g}", row=1, col=place,
+            )  # fmt: skip
+        figure.update_yaxes(range=[-0.16 * tallest, 1.05 * tallest], col=place)
         figure.add_vline(threshold[n], line_dash="dash", line_color="#555555", row=1, col=place)
     figure.update_layout(barmode="overlay")
     layout(figure, "score (larger = more likely a member)", "")
@@ -234,10 +286,13 @@ def changed_labels(changes: pd.DataFrame) -> Chart:
     table = pd.DataFrame({"corrected": fixed, "newly wrong": broken}).reindex(sorted(changes.label.unique()))
     table = table.fillna(0).astype(int).rename_axis("label").reset_index()
     figure = go.Figure()
-    figure.add_bar(x=table.label, y=table.corrected, name="corrected by OMS", marker_color=MEMBER)
     figure.add_bar(
-        x=table.label, y=-table["newly wrong"], name="newly wrong", marker_color=NONMEMBER, marker_pattern_shape="/"
+        x=table.label, y=table.corrected, name="corrected by OMS", marker_color=MEMBER, customdata=table.label
     )
+    figure.add_bar(
+        x=table.label, y=-table["newly wrong"], name="newly wrong", marker_color=NONMEMBER, marker_pattern_shape="/",
+        customdata=table.label,
+    )  # fmt: skip
     figure.update_layout(barmode="relative")
     figure.update_xaxes(type="category")
     layout(figure, "label", "members")
@@ -268,7 +323,11 @@ def auc_by_pair(table: pd.DataFrame) -> Chart:
 
 
 def path(
-    cohort: pd.DataFrame, own: Sequence[tuple[str, bool | None, Sequence[float]]], n: int, dimension: int
+    cohort: pd.DataFrame,
+    own: Sequence[tuple[str, bool | None, Sequence[float]]],
+    n: int,
+    dimension: int,
+    pictures: Sequence[str] = (),
 ) -> Chart:
     """Residual paths of single pictures up to step n, over the bands of both cohorts.
 
@@ -277,6 +336,7 @@ def path(
         own: a name, whether it is a member (None hides it), and the residuals at n = 1, 2, ... of each picture.
         n: how far the search has gone.
         dimension: how many numbers a picture has.
+        pictures: which ones they are; with them the lines can be clicked.
     """
     figure = go.Figure()
     low_high = cohort.groupby(["member", "n"]).residual.quantile(BAND).unstack()
@@ -285,11 +345,12 @@ def path(
             add_band(figure, low_high.loc[member], f"8 of 10 {name}", colour, dash)
     for place, (name, member, values) in enumerate(own):
         colour, symbol, dash = {True: (MEMBER, "circle", "solid"), False: (NONMEMBER, "diamond", "dash")}.get(
-            member, (("#333333", "#8A5A00")[place % 2], ("square", "x")[place % 2], ("solid", "dash")[place % 2])
+            member, (("#777777", "#C08A00")[place % 2], ("square", "x")[place % 2], ("solid", "dash")[place % 2])
         )
         figure.add_scatter(
             x=list(range(1, n + 1)), y=list(values[:n]), name=name, mode="lines+markers",
             line={"color": colour, "dash": dash, "width": 3}, marker={"symbol": symbol, "size": 11},
+            customdata=names([pictures[place]] * n) if pictures else None,
         )  # fmt: skip
     steps = max([len(values) for *_, values in own] or [int(cohort.n.max())])
     green = add_noise_line(figure, dimension, steps)
@@ -360,12 +421,11 @@ def around_one(rows: pd.DataFrame, value: str, title: str) -> Chart:
         value: its column.
         title: what it is.
     """
-    figure = make_subplots(1, 1)
-    add_boxes(figure, rows, value, 1, 1, True)
+    figure = go.Figure()
+    add_boxes_and_outliers(figure, rows, value)
     figure.add_hline(1, line_dash="dot", line_color="#555555")
     figure.update_yaxes(range_of(rows[value], 1))
     layout(figure, "step n", title)
-    figure.update_layout(boxmode="group")
     figure.update_xaxes(dtick=1)
     medians = rows.groupby(["n", "member"])[value].median().unstack()
     said = "; ".join(f"n = {n}: {two_medians(row)}" for n, row in medians.head(3).iterrows())
@@ -510,3 +570,114 @@ def auc_grid(table: pd.DataFrame) -> Chart:
     figure.update_xaxes(type="category")
     best = table.loc[table.auc.idxmax()]
     return Chart(figure, f"The best distance: {best.pair} at t = {best.t}, AUC {100 * best.auc:.1f} %.", table)
+
+
+def ruler(scores: pd.DataFrame, files: Mapping[str, str], threshold: Mapping[int, float]) -> Chart:
+    """Where pictures in question lie between known members and known non-members, a panel for each n.
+
+    Args:
+        scores: group (member, nonmember, asked), image, n, score.
+        files: what each picture in question is called.
+        threshold: by n, the score from which on a picture is flagged.
+    """
+    steps = sorted(scores.n.unique())
+    titles = ["as published" if n == 1 else "with One More Step" for n in steps]
+    figure = make_subplots(len(steps), 1, subplot_titles=titles, vertical_spacing=0.2)
+    for place, n in enumerate(steps, start=1):
+        group = scores[scores.n == n].set_index("group").sort_index()
+        known = group.score[group.index != "asked"]
+        low, high = np.quantile(known, [0.005, 1]) if len(known) else (group.score.min(), group.score.max())
+        margin = 0.04 * (high - low) or 1
+        for (member, name, colour, _, _), side in zip(GROUPS, ("positive", "negative"), strict=True):
+            role = "member" if member else "nonmember"
+            figure.add_violin(
+                x=group.score[group.index == role].clip(low), y0=0, orientation="h", side=side, points=False, width=1.8,
+                name=f"known {name}", line={"color": colour, "width": 1.5}, fillcolor=colour, opacity=0.55,
+                legendgroup=name, showlegend=place == 1, hoverinfo="skip", row=place, col=1,
+            )  # fmt: skip
+        own = group[group.index == "asked"]
+        figure.add_scatter(
+            x=own.score.clip(low - margin / 2, high + margin / 2), y=np.zeros(len(own)), mode="markers",
+            name="your pictures",
+            marker={"symbol": "star", "size": 13, "color": UPLOAD, "line": {"color": "#222222", "width": 1}},
+            hovertext=[html.escape(files[image]) for image in own.image], hoverinfo="text", legendgroup="asked",
+            showlegend=place == 1, row=place, col=1,
+        )  # fmt: skip
+        if n in threshold:
+            figure.add_vline(threshold[n], line_dash="dash", line_color="#555555", row=place, col=1)
+        figure.update_xaxes(range=[low - margin, high + margin], row=place, col=1)
+    layout(figure, "", "", height=230 * len(steps) + 60)
+    figure.update_xaxes(title_text="score (larger = more likely a member)", row=len(steps))
+    figure.update_yaxes(showticklabels=False, zeroline=True, range=[-1, 1])
+    figure.update_layout(violingap=0, margin_t=80, legend_y=1.06)
+    table = scores[scores.group == "asked"].assign(file=lambda rows: rows.image.map(files))[["file", "n", "score"]]
+    beyond = [
+        f"{int((rows.score >= threshold[n]).sum())} of {len(rows)} {title}"
+        for n, title in zip(steps, titles, strict=True)
+        if n in threshold and len(rows := table[table.n == n])
+    ]
+    return Chart(figure, f"Your pictures beyond the dashed threshold: {'; '.join(beyond) or 'none known'}.", table)
+
+
+def power_curves(curves: pd.DataFrame, enough: float) -> Chart:
+    """How often a set of so many known members is decided, dotted without OMS and solid with.
+
+    Args:
+        curves: n, pictures, power.
+        enough: the share of decided sets that is called enough.
+    """
+    figure = go.Figure()
+    for n, rows in curves.groupby("n"):
+        figure.add_scatter(
+            x=rows.pictures, y=100 * rows.power, mode="lines+markers",
+            line={"color": MEMBER, "dash": DASH[n], "width": 2},
+            name="as published" if n == 1 else "with One More Step",
+        )  # fmt: skip
+    figure.add_hline(100 * enough, line_dash="dash", line_color="#555555")
+    layout(figure, "pictures in a set of known members", "sets decided (%)")
+    ticks = sorted(curves.pictures.unique())
+    figure.update_xaxes(type="log", tickvals=ticks, ticktext=[str(tick) for tick in ticks])
+    figure.update_yaxes(range=[-2, 103])
+    said = "; ".join(
+        f"{'as published' if n == 1 else 'with One More Step'} "
+        + ", ".join(
+            f"{r.pictures} pictures {100 * r.power:.0f} %" for r in rows[rows.pictures.isin([10, 50])].itertuples()
+        )
+        for n, rows in curves.groupby("n")
+    )
+    return Chart(figure, f"Sets of known members that are decided: {said}.", curves)
+
+
+def combination(attacks: Iterable[str]) -> str:
+    """Some attacks as one name."""
+    return " + ".join(attacks) or "none"
+
+
+def caught_together(combinations: pd.Series, attacks: Sequence[str]) -> Chart:
+    """How many members exactly these attacks catch, most first; below each bar which attacks they are.
+
+    Args:
+        combinations: of each member, see `combination`.
+        attacks: all that are compared.
+    """
+    counts = combinations.value_counts()
+    bars = counts.index.tolist()
+    figure = make_subplots(2, 1, shared_xaxes=True, vertical_spacing=0.03, row_heights=[0.65, 0.35])
+    figure.add_bar(
+        x=bars, y=counts, name="members", marker_color=MEMBER, customdata=bars, text=counts, showlegend=False,
+        hovertemplate="%{x}: %{y}", row=1, col=1,
+    )  # fmt: skip
+    for attack in attacks:
+        of = [bar for bar in bars if attack in bar.split(" + ")]
+        figure.add_scatter(
+            x=of, y=[attack] * len(of), mode="markers", name=attack, customdata=of, showlegend=False,
+            marker={"color": colour_of(attack), "size": 12}, row=2, col=1,
+        )  # fmt: skip
+    layout(figure, "", "", height=340)
+    figure.update_xaxes(showticklabels=False, type="category", categoryarray=bars)
+    figure.update_xaxes(title_text="caught by exactly these attacks", row=2)
+    figure.update_yaxes(title_text="members", row=1)
+    figure.update_yaxes(type="category", categoryarray=[*attacks][::-1], showgrid=True, row=2)
+    all_of_them, nobody = (int(counts.get(name, 0)) for name in (combination(attacks), combination([])))
+    alt = f"Of {len(combinations)} members {all_of_them} are caught by all {len(attacks)} attacks and {nobody} by none."
+    return Chart(figure, alt, counts.rename_axis("caught by").rename("members").reset_index())

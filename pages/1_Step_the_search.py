@@ -1,6 +1,7 @@
 """Step the search: one picture's noise, iterate by iterate."""
 
 import inspect
+import math
 
 import numpy as np
 import pandas as pd
@@ -8,16 +9,15 @@ import streamlit as st
 
 from oms_core import figures
 from oms_core.attacks import SEARCHES
-from oms_core.compute import compute_trace
-from oms_core.errors import InputError
-from oms_core.run import Plan, Trace, lookup_trace, residuals
+from oms_core.run import Plan, Trace, residuals
 from oms_core.search import fixed_point
 from pages.common.context import Context, control, searching, update
-from pages.common.pictures import READY, enlarge, ordinary, thumbnail
-from pages.common.shell import ask, begin, guarded, show, signals
+from pages.common.drawer import follow_address, no_cohort, trace_of
+from pages.common.pictures import READY, find, kind, ordinary, strip, thumbnail
+from pages.common.shell import begin, guarded, show, signals
 
 STEPS = 10
-BLUE, ORANGE = np.array([0, 114, 178]), np.array([213, 94, 0])
+ENOUGH = 5  # rounds after which a score is held against chance
 
 
 def pair(planned: Plan, context: Context, cohort: pd.DataFrame) -> pd.DataFrame:
@@ -26,27 +26,45 @@ def pair(planned: Plan, context: Context, cohort: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for chosen, role in ((context.first, "member"), (context.second, "nonmember")):
         image = chosen or ordinary(table[table.role == role].image.iloc[:READY], cohort, role == "member")
-        found = table[table.image.str.startswith(image)]
-        if found.empty:
-            raise InputError(f"The set has no picture {chosen!r}; choose New pair.")
-        rows.append(found.iloc[0])
+        rows.append(find(table, image))
     return pd.DataFrame(rows)
 
 
-def new_pair(planned: Plan) -> None:
-    """Draw a member and a non-member, in random order, among those whose search is ready."""
+def next_round(planned: Plan) -> None:
+    """Draw a member and a non-member, in random order, among those whose search is ready; a new vote."""
     rng = np.random.default_rng()
     groups = [planned.images.table[planned.images.table.role == role].image for role in ("member", "nonmember")]
     drawn = [str(rng.choice(group.iloc[:READY])) for group in groups]
     rng.shuffle(drawn)
-    update(first=drawn[0][:12], second=drawn[1][:12], step=0)
-    st.session_state["revealed"] = False
+    update(first=drawn[0][: figures.NAME], second=drawn[1][: figures.NAME], step=0)
+    st.session_state["round"] = this_round() + 1
 
 
-def trace_of(planned: Plan, image: str) -> Trace:
-    """The search for one picture's noise, computed if it is not known."""
-    found = lookup_trace(planned, image)
-    return found if found is not None else ask(lambda: compute_trace(planned, image))
+def playing() -> bool:
+    """Whether this visitor plays the guessing game."""
+    return st.session_state.get("game", False)
+
+
+def switch(planned: Plan) -> None:
+    """The game on or off; it begins with a new pair, since who has seen the labels should not vote."""
+    st.session_state["game"] = not playing()
+    if playing():
+        next_round(planned)
+
+
+def this_round() -> int:
+    """The number of this visitor's round in the guessing game."""
+    return st.session_state.get("round", 0)
+
+
+def rounds() -> dict[int, tuple[bool, int]]:
+    """By round, whether the vote was right and after how many steps it was revealed; each counts once."""
+    return st.session_state.setdefault("rounds", {})
+
+
+def reveal(right: bool, step: int) -> None:
+    """Count the vote of this round, and show who is who."""
+    rounds().setdefault(this_round(), (right, step))
 
 
 def names_of(pictures: pd.DataFrame, hidden: bool) -> list[tuple[str, bool | None]]:
@@ -54,7 +72,7 @@ def names_of(pictures: pd.DataFrame, hidden: bool) -> list[tuple[str, bool | Non
     if hidden:
         return [("A", None), ("B", None)]
     return [
-        (f"{letter}: {'member' if row.role == 'member' else 'non-member'}", row.role == "member")
+        (f"{letter}: {kind(row.role == 'member')}", row.role == "member")
         for letter, row in zip("AB", pictures.itertuples(), strict=True)
     ]
 
@@ -64,9 +82,13 @@ def controls(planned: Plan, context: Context) -> bool:
     left, middle, right = st.columns([2, 1, 1], vertical_alignment="bottom")
     with left:
         control(st.selectbox, "Search", "attack", options=list(SEARCHES), format_func=lambda name: SEARCHES[name].title)
-    middle.button("New pair", on_click=new_pair, args=(planned,), width="stretch", help="A member and a non-member.")
-    game = right.toggle("Hide who is who", key="game", help="Let the class vote first, then reveal.")
-    return game and not st.session_state.get("revealed", False)
+    middle.button("New pair", on_click=next_round, args=(planned,), width="stretch", help="A member and a non-member.")
+    game = playing()
+    right.button(
+        "End the game" if game else "Hide who is who", on_click=switch, args=(planned,), width="stretch",
+        help="Let the class vote first, then reveal.",
+    )  # fmt: skip
+    return game and this_round() not in rounds()
 
 
 def stepper(context: Context) -> None:
@@ -83,41 +105,38 @@ def stepper(context: Context) -> None:
         control(st.slider, "Step n", "step", min_value=0, max_value=STEPS)
 
 
-def vote(pictures: pd.DataFrame, hidden: bool) -> None:
-    """The guess, and the answer once it is asked for."""
-    left, right = st.columns([3, 1], vertical_alignment="bottom")
-    guess = left.radio("Which one was in training?", ["A", "B"], index=None, horizontal=True, key="guess")
-    right.button(
-        "Reveal", width="stretch", disabled=not hidden, on_click=st.session_state.update, args=({"revealed": True},)
-    )
-    if not hidden and guess:
-        right_answer = "A" if pictures.iloc[0].role == "member" else "B"
-        if guess == right_answer:
-            st.success(f"{guess} it is: this picture was in the training set.")
+def vote(planned: Plan, pictures: pd.DataFrame, hidden: bool, step: int) -> None:
+    """The guess, the answer once it is asked for, and the score so far."""
+    left, middle, right = st.columns([3, 1, 1], vertical_alignment="bottom")
+    guess = left.segmented_control(
+        "Which one was in training?", ["A", "B"], disabled=not hidden, key=f"guess {this_round()}"
+    )  # fmt: skip
+    answer = "A" if pictures.iloc[0].role == "member" else "B"
+    middle.button(
+        "Reveal", width="stretch", disabled=not (hidden and guess), on_click=reveal, args=(guess == answer, step),
+        help="Vote for A or B first; the vote counts once.",
+    )  # fmt: skip
+    right.button("Next round", width="stretch", on_click=next_round, args=(planned,))
+    if not hidden:
+        if rounds()[this_round()][0]:
+            st.success(f"{answer} it is: this picture was in the training set.")
         else:
-            st.warning(f"It was {right_answer}. One pair proves little: look at how far the two bands overlap.")
+            st.warning(f"It was {answer}. One pair proves little: look at how far the two bands overlap.")
+    if rounds():
+        st.markdown(tally([*rounds().values()]))
 
 
-def heat(eps: np.ndarray) -> np.ndarray:
-    """Noise of (H, W, C) as colours: blue below zero, orange above, white at zero, full at three."""
-    strength = np.clip(eps.mean(axis=2, keepdims=True) / 3, -1, 1)
-    ink = np.where(strength < 0, BLUE, ORANGE)
-    return (255 - np.abs(strength) * (255 - ink)).astype(np.uint8)
-
-
-def strip(trace: Trace, n: int, name: str, picture: np.ndarray) -> None:
-    """What the model sees and says at step n."""
-    st.markdown(f"**{name}**")
-    x_t, x_0 = trace.shown(n)
-    shown = [
-        (picture, "picture x₀"),
-        (x_t, "x₀ + noise"),
-        (heat(trace.eps[n].transpose(1, 2, 0)), f"noise ε{str(n).translate(figures.SUPERSCRIPT)}"),
-        (x_0, "model's x₀"),
-    ]
-    for column, (pixels, caption) in zip(st.columns(4), shown, strict=True):
-        side = enlarge(pixels.squeeze(2) if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels, 160)
-        column.image(side, caption=caption, width="stretch", alt=f"{name}: {caption}")
+def tally(played: list[tuple[bool, int]]) -> str:
+    """The score over all rounds, and after some rounds what guessing would give."""
+    right, count = sum(won for won, _ in played), len(played)
+    said = (
+        f"**{right} of {count} right**, revealed after {sum(step for _, step in played) / count:.1f} steps on average."
+    )
+    if count < ENOUGH:
+        return said
+    lucky = sum(math.comb(count, k) for k in range(right, count + 1)) / 2**count
+    chance = f"Guessing gives {count / 2:g} of {count} on average, and {right} or more in {100 * lucky:.0f} % of games."
+    return f"{said} {chance}"
 
 
 def essay(planned: Plan, traces: list[Trace], n: int) -> None:
@@ -155,18 +174,17 @@ def main() -> None:
         own = [(name, member, trace.residuals()) for (name, member), trace in zip(names, traces, strict=True)]
         left, right = st.columns(2, gap="large")
         with left:
-            show(figures.path(cohort, own, context.step, planned.model.dimension), "path")
+            opening = () if hidden else tuple(pictures.image)  # an open picture says what it is
+            show(figures.path(cohort, own, context.step, planned.model.dimension, opening), "path")
         with right:
             for (name, _), trace, row in zip(names, traces, pictures.itertuples(), strict=True):
+                st.markdown(f"**{name}**")
                 strip(trace, context.step, name, thumbnail(planned.images.name, row.Index, row.image))
-        if st.session_state.get("game"):
-            vote(pictures, hidden)
+        if playing():
+            vote(planned, pictures, hidden, context.step)
         essay(planned, traces, context.step)
-
-
-def no_cohort() -> pd.DataFrame:
-    """Bands of nobody, until the distances of the whole set are known."""
-    return pd.DataFrame({"image": [], "member": pd.Series(dtype=bool), "n": pd.Series(dtype=int), "residual": []})
+        if not hidden:
+            follow_address()
 
 
 def verdict(traces: list[Trace], names: list[tuple[str, bool | None]], n: int) -> None:

@@ -10,10 +10,10 @@ from oms_core import figures, metrics
 from oms_core.attacks import SEARCHES
 from oms_core.exhibits import LAST
 from oms_core.laboratory import jacobian_norms, of_columns, ratios
-from oms_core.run import Plan, errors, residuals
-from pages.common.context import Context, control, including, searching, update
-from pages.common.pictures import thumbnail
-from pages.common.shell import begin, guarded, show, signals, timestep
+from oms_core.run import errors, residuals
+from pages.common.context import CLICKED, Context, control, including, searching
+from pages.common.drawer import follow_address, open_picture
+from pages.common.shell import begin, follow, guarded, show, signals, timestep
 
 STEPS = 10
 JACOBIAN_STEPS, JACOBIAN_PICTURES = 5, 200
@@ -70,7 +70,8 @@ def auc_of(group: pd.DataFrame) -> float:
     return metrics.auc(-group.residual.to_numpy(), group.member.to_numpy(dtype=bool))
 
 
-def scatter(rows: pd.DataFrame, planned: Plan) -> None:
+@st.fragment
+def scatter(rows: pd.DataFrame) -> None:
     """The first residual against the second; a click opens the picture."""
     wide = rows[rows.n <= 2].pivot(index=["image", "member"], columns="n", values="residual").reset_index()
     wide = wide.rename(columns={1: "first", 2: "second"}).assign(
@@ -95,35 +96,16 @@ def scatter(rows: pd.DataFrame, planned: Plan) -> None:
         .configure_legend(orient="top")
     )
     spoken = f"First against second residual of {len(wide)} pictures; the table is under the boxes."
-    st.altair_chart(chart, key="scatter", on_select=keep_pick, alt=spoken)
+    st.altair_chart(chart, key="scatter", on_select=note_click, alt=spoken)
+    st.caption("Click a point to open its picture; the outliers are worth a look.")
+    follow("scatter", open_picture)
 
 
-def keep_pick() -> None:
-    """Remember which picture was clicked, for every page."""
+def note_click() -> None:
+    """Remember which picture was clicked."""
     points = st.session_state["scatter"]["selection"].get("picked", [])
     if points:
-        st.session_state["pick"] = points[0]["image"]
-
-
-def picked(rows: pd.DataFrame, planned: Plan) -> None:
-    """The clicked picture, what it is, and its path."""
-    image = st.session_state.get("pick")
-    found = planned.images.table[planned.images.table.image == image]
-    if found.empty:
-        st.caption("Click a point to see its picture; the outliers are worth a look.")
-        return
-    row = found.iloc[0]
-    kind = "member" if row.role == "member" else "non-member"
-    path = rows[rows.image == image].sort_values("n").residual
-    left, right = st.columns([1, 2], vertical_alignment="center")
-    left.image(thumbnail(planned.images.name, found.index[0], image), width="stretch", alt=f"{row.file}, a {kind}")
-    right.markdown(
-        f"**{row.file}**, a {kind}; label {row.label}. Residuals: {', '.join(f'{v:.2f}' for v in path[:5])} ..."
-    )
-    other = planned.images.table[planned.images.table.role != row.role].image.iloc[0]
-    if right.button("Step its search", icon=":material/directions_walk:"):
-        update(first=image[:12], second=other[:12], step=0)
-        st.switch_page("pages/1_Step_the_search.py")
+        st.session_state[CLICKED] = "scatter", points[0]["image"]
 
 
 def residual_view(context: Context) -> None:
@@ -144,8 +126,7 @@ def residual_view(context: Context) -> None:
     with left:
         show(figures.residual_boxes(rows, planned.model.dimension), "boxes")
     with right:
-        scatter(rows, planned)
-        picked(rows, planned)
+        scatter(rows)
 
 
 def ratio_view(context: Context) -> None:
@@ -198,6 +179,7 @@ def main() -> None:
         controls()
         view = st.segmented_control("Look at", list(VIEWS), default="Residual", key="look", required=True)
         VIEWS[view](context)
+        follow_address()
 
 
 main()

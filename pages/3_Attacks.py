@@ -1,64 +1,33 @@
 """Attacks: what an auditor can claim, without and with One More Step."""
 
-from dataclasses import replace
-
 import pandas as pd
 import streamlit as st
 
-from oms_core import figures, metrics
-from oms_core.attacks import ATTACKS, COMPARED, SEARCHES
+from oms_core import audit, figures, metrics, shift
+from oms_core.attacks import COMPARED, SEARCHES
 from oms_core.attacks.base import column
-from oms_core.catalog import describe
-from oms_core.evaluation import evaluation, with_rivals
+from oms_core.evaluation import evaluation
 from oms_core.exhibits import curves, members
-from oms_core.run import Plan, lookup, plan, scores
-from pages.common.context import RATES, Context, control, update
-from pages.common.shell import begin, guarded, show, signals, timestep
+from oms_core.run import Plan
+from pages.common.attacks import OUTCOMES, controls, gather, measurable, score_table
+from pages.common.context import Context
+from pages.common.drawer import follow_address
+from pages.common.shell import begin, guarded, show
 
-STEPS = 3
 EQUAL_CALLS = (
     "Lead at equal calls: the AUC with One More Step less that of the published attack averaged over two draws (NA), "
     "two timesteps (PIA, PIAN) or two distances (SecMI), which asks the model as often."
 )
 
 
-def fitting(context: Context) -> list[str]:
-    """The attacks that the model can answer."""
-    captioned = describe(context.model).captioned
-    return [name for name, attack in ATTACKS.items() if captioned or not attack.captioned]
-
-
-def titled(name: str) -> str:
-    """An attack for people; one that needs more than the model's answers says so."""
-    attack = ATTACKS[name]
-    return attack.title if attack.access == "gray-box" else f"{attack.title} ({attack.access}: needs the weights)"
-
-
-def flip() -> None:
-    """One More Step on or off, for the address too."""
-    update(n=2 if st.session_state["oms"] else 1)
-
-
-def controls(context: Context) -> None:
-    """The choices of this page."""
-    left, middle, right = st.columns(3, vertical_alignment="bottom")
-    with left:
-        timestep()
-    with middle:
-        control(st.selectbox, "Look closely at", "attack", options=fitting(context), format_func=titled)
-    with right:
-        control(
-            st.select_slider, "False alarms allowed", "fpr", options=RATES, format_func=lambda r: f"{100 * r:g} %"
-        )  # fmt: skip
-
-
-def overview(rows: list[dict], n: int) -> pd.DataFrame:
-    """Without and with OMS side by side, a row per attack."""
+def overview(rows: list[dict], n: int, alone: float | None) -> pd.DataFrame:
+    """Without and with OMS side by side, a row per attack, beside what the pixels alone give."""
     lines = []
     for attack in dict.fromkeys(row["attack"] for row in rows):
         base, more = (next(r for r in rows if (r["attack"], r["n"]) == (attack, k)) for k in (1, n))
         line = {"attack": attack, "t": base["t"], "calls": f"{base['calls']} → {more['calls']}"}
         line |= {"AUC": 100 * base["auc"], "AUC +OMS": 100 * more["auc"], "gain": gain(more)}
+        line |= {"pixels alone": percent(alone)}
         line |= {"lead at equal calls": gain(more, "lead")}
         line |= {"ASR": 100 * base["asr"], "ASR +OMS": 100 * more["asr"]}
         for name, title in (("tpr1", "TPR@1%"), ("tpr01", "TPR@0.1%")):
@@ -122,10 +91,7 @@ def explanation(rows: list[dict], planned: Plan, known: dict[str, pd.DataFrame])
 def closely(table: pd.DataFrame, planned: Plan, context: Context, n: int) -> None:
     """One attack: its scores, who is caught, and whom OMS corrects or newly gets wrong."""
     own = table[(table.attack == context.attack) & table.n.isin({1, max(2, n)})]
-    if not metrics.measurable(context.fpr, own[own.n == 1].member.to_numpy()):
-        st.warning(
-            f"{100 * context.fpr:g} % of the non-members is less than one picture here; allow more false alarms."
-        )
+    if not measurable(own[own.n == 1].member.to_numpy(), context.fpr):
         return
     found = {k: metrics.roc(g.score.to_numpy(), g.member.to_numpy()) for k, g in own.groupby("n")}
     before, after = (found[k].tpr_at(context.fpr) for k in sorted(found))
@@ -140,59 +106,62 @@ def closely(table: pd.DataFrame, planned: Plan, context: Context, n: int) -> Non
     with right:
         changes = metrics.corrected(own[own.n <= 2], context.fpr)
         label = planned.images.table.set_index("image").label
-        show(figures.changed_labels(changes.assign(label=label.loc[changes.image].to_numpy())), "labels")
+        chart = figures.changed_labels(changes.assign(label=label.loc[changes.image].to_numpy()))
+        show(chart, "labels", f"{chart.alt} A click on a bar opens the pictures of its label.", inspect_label)
+
+
+def inspect_label(label: str) -> None:
+    """Go to the pictures of a label."""
+    st.session_state.update({"labels": [label], "outcomes": [*OUTCOMES.values()]})
+    st.switch_page("pages/4_Inspect.py")
+
+
+def pixels_alone(planned: Plan) -> float | None:
+    """What a classifier makes of members and non-members that never asks the model: a warning where it can."""
+    found = shift.of_roles(planned)
+    said = audit.said_of_shift(found, "members", "non-members")
+    if found and found["alarm"]:
+        st.warning(said, icon=":material/compare:")
+    else:
+        st.caption(said)
+    return found and found["auc"]
 
 
 def main() -> None:
     context = begin("Attacks", "What can an auditor claim, and what does One More Step add?")
     with guarded():
-        st.session_state["oms"] = context.n > 1
-        more = st.toggle("**+ One More Step**", key="oms", on_change=flip, help="d(0, 2) instead of d(0, 1).")
-        controls(context)
+        n = controls(context)
         planned, known, complete = gather(context)
         if not known:
             st.caption("The table and the curves appear here.")
             return
-        shown = replace(planned, tasks=tuple(task for task in planned.tasks if task.attack.name in known))
         names = tuple(name for name in (*COMPARED, context.attack) if name in known)
-        table = metrics.check_scores(scores(shown, known))
-        table = table[table.attack.isin(names)]
-        n = 2 if more else 1
+        table = score_table(planned, known, names)
         head = st.container()  # filled below: the curves are there sooner than the intervals
         show(curves(table[table.n.isin({1, n})], ("linear", "log")), "roc")
         with head:
             if complete:
-                rows = evaluation(shown, known, tuple(dict.fromkeys(names)))
+                rows = evaluation(planned, known, tuple(dict.fromkeys(names)))
+                alone = pixels_alone(planned)
                 verdict(rows, n)
-                if more:
+                if n == 2:
                     below_chance(rows)
-                    explanation(rows, shown, known)
-                st.dataframe(overview(rows, 2), hide_index=True, column_config=number_columns())
+                    explanation(rows, planned, known)
+                st.dataframe(overview(rows, 2, alone), hide_index=True, column_config=number_columns())
                 st.caption(EQUAL_CALLS)
             else:
                 count = table.image.nunique()
                 st.info(f"{count} of {len(planned.images)} pictures so far; the table comes with the last.")
         if context.attack in known:
             closely(table, planned, context, n)
-
-
-def gather(context: Context) -> tuple[Plan, dict[str, pd.DataFrame], bool]:
-    """The attacks that are always compared, with their rivals, and the one that is looked at closely."""
-    run = with_rivals(context.run(COMPARED, STEPS))
-    planned, complete = plan(run), True
-    known = lookup(planned)
-    if not set(COMPARED) <= set(known):  # rivals alone are not worth a wait
-        planned, known, complete = signals(run, "Running every attack")
-    if context.attack in COMPARED:
-        return planned, known, complete
-    own, found, _ = signals(context.run((context.attack,), STEPS), ATTACKS[context.attack].title)
-    return replace(planned, tasks=planned.tasks + own.tasks), known | found, complete
+        follow_address()
 
 
 def number_columns() -> dict:
     """One decimal for every rate."""
     names = ("AUC", "ASR", "TPR@1%", "TPR@0.1%")
-    return {name + more: st.column_config.NumberColumn(format="%.1f") for name in names for more in ("", " +OMS")}
+    names = [name + more for name in names for more in ("", " +OMS")]
+    return {name: st.column_config.NumberColumn(format="%.1f") for name in (*names, "pixels alone")}
 
 
 main()

@@ -211,16 +211,49 @@ def test_boxes_hold_the_residuals_of_each_group() -> None:
     chart = figures.residual_boxes(rows, 64)
     for member, name in ((True, "members"), (False, "non-members")):
         (box,) = lines(chart, name)
-        of_group = rows[rows.member == member]
-        assert [*zip(box.x, box.y, strict=True)] == [*zip(of_group.n, of_group.residual, strict=True)]
+        for place, n in enumerate(box.x):
+            values = rows.residual[(rows.member == member) & (rows.n == n)]
+            drawn = [getattr(box, key)[place] for key in ("q1", "median", "q3")]
+            assert drawn == pytest.approx(np.quantile(values, [0.25, 0.5, 0.75]))
+        assert [*box.x] == sorted(rows.n.unique())
         assert box.marker.color == COLOURS[member]
+
+
+def outliers(values: pd.Series) -> pd.Series:
+    """Which values lie more than 1.5 interquartile ranges outside the box, by the book."""
+    low, high = np.quantile(values, [0.25, 0.75])
+    return (values < low - 1.5 * (high - low)) | (values > high + 1.5 * (high - low))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the spread of infinite values
+@pytest.mark.parametrize("draw", [lambda rows: figures.residual_boxes(rows, 64),
+                                  lambda rows: figures.around_one(rows, "residual", "ratio")])  # fmt: skip
+def test_exactly_the_outliers_are_points_that_carry_their_picture(draw) -> None:
+    rows = residual_table(pictures=200)
+    rows.loc[rows.index % 37 == 0, "residual"] *= 8
+    rows.loc[5, "residual"] = math.inf
+    rows["image"] = rows.image + "0123456789abcdef"
+    chart, finite = draw(rows), rows[np.isfinite(rows.residual)]
+    for member, name in ((True, "members"), (False, "non-members")):
+        group = finite[finite.member == member]
+        outside = group[group.groupby("n").residual.transform(outliers)]
+        assert len(outside) > 5
+        (points,) = [trace for trace in chart.figure.data if trace.name == f"{name}, outliers"]
+        expected = {(row.n, row.image[:12], row.residual) for row in outside.itertuples()}
+        assert {*zip(np.rint(points.x), points.customdata, points.y, strict=True)} == expected
+        assert points.marker.symbol == SYMBOLS[member]
+        (box,) = lines(chart, name)
+        for place, n in enumerate(box.x):
+            values = group.residual[group.n == n]
+            inside = values[~outliers(values)]
+            assert (box.lowerfence[place], box.upperfence[place]) == (inside.min(), inside.max())
 
 
 def test_a_group_that_is_missing_leaves_its_boxes_empty() -> None:
     rows = residual_table()
     chart = figures.residual_boxes(rows[rows.member], 64)
-    assert len(lines(chart, "non-members")[0].y) == 0
-    assert len(lines(chart, "members")[0].y) == len(rows) / 2
+    assert len(lines(chart, "non-members")[0].median) == 0
+    assert len(lines(chart, "members")[0].median) == rows.n.nunique()
 
 
 def test_the_residual_axis_is_logarithmic_and_holds_everything() -> None:
@@ -393,7 +426,7 @@ def test_corners_keep_the_curve_and_drop_what_lies_between(kind: str) -> None:
         elif kind == "interleaved":  # chance exactly: as many members as non-members at each score
             scores = np.where(member, np.arange(len(member)) % 5, (np.arange(len(member)) - members) % 5)
         curve = roc(scores, member)
-        fpr, tpr = corners(curve)
+        fpr, tpr = curve.fpr[corners(curve)], curve.tpr[corners(curve)]
         assert (fpr[0], tpr[0], fpr[-1], tpr[-1]) == (0, 0, 1, 1)
         assert along(fpr, tpr, curve.fpr + curve.tpr) == pytest.approx(
             np.column_stack([curve.fpr, curve.tpr]), abs=1e-9
@@ -408,15 +441,81 @@ def test_a_curve_of_pure_chance_is_drawn() -> None:
     assert [*zip(line.x, line.y, strict=True)] == [(0, 0), (1, 1)]
 
 
+@pytest.mark.parametrize("kind", ["continuous", "few values", "constant"])
+def test_each_point_of_a_curve_carries_a_picture_with_just_that_score(kind: str) -> None:
+    from oms_core.exhibits import curves as drawn
+
+    table = score_table(kind=kind)
+    table["image"] = table.image + "0123456789abcdef"
+    chart = drawn(table, ("linear", "log"))
+    for n, name in ((1, "NA"), (2, "NA +OMS")):
+        rows = table[table.n == n]
+        of_picture = rows.set_index(rows.image.str[:12])
+        others, members = rows.score[~rows.member], rows.score[rows.member]
+        for line in lines(chart, name):
+            assert line.mode == "lines+markers"
+            assert line.customdata[0] == ""
+            assert len(line.customdata) == len(line.x)
+            for x, y, image in [*zip(line.x, line.y, line.customdata, strict=True)][1:]:
+                threshold = of_picture.score[image]
+                assert x == pytest.approx(max((others >= threshold).mean(), 0 if line.xaxis == "x" else LEAST_RATE))
+                assert y == pytest.approx(max((members >= threshold).mean(), 0 if line.xaxis == "x" else LEAST_RATE))
+
+
 # Scores before and after
+
+
+def bars_of(chart: Chart) -> list[go.Histogram]:
+    return [trace for trace in chart.figure.data if isinstance(trace, go.Histogram)]
+
+
+def test_below_the_bars_each_picture_is_a_point_that_carries_it() -> None:
+    table = score_table()
+    chart = figures.histograms(table, {1: 0.5, 2: 0.7})
+    rugs = [trace for trace in chart.figure.data if isinstance(trace, go.Scatter)]
+    assert len(rugs) == 4
+    for rug, (n, member) in zip(rugs, [(1, True), (1, False), (2, True), (2, False)], strict=True):
+        rows = table[(table.n == n) & (table.member == member)].set_index("image")
+        assert {*rug.customdata} == {*rows.index}
+        assert len({*rug.y}) == 1
+        assert rug.y[0] < 0
+        low = np.quantile(table.score[table.n == n], 0.002)
+        assert [*rug.x] == pytest.approx([*rows.score[[*rug.customdata]].clip(low)])
+        assert (rug.marker.color, rug.marker.symbol) == (COLOURS[member], SYMBOLS[member])
+    assert rugs[0].y[0] != rugs[1].y[0]
+
+
+def test_a_bar_of_labels_carries_its_label() -> None:
+    for bars in figures.changed_labels(changes()).figure.data:
+        assert [*bars.customdata] == [*bars.x]
+
+
+def test_a_path_carries_its_picture_only_when_it_is_told() -> None:
+    names = ["a" * 64, "b" * 64]
+    for n in (0, 2):
+        chart = figures.path(residual_table(), OWN, n, 64, names)
+        assert [[*lines(chart, name)[0].customdata] for name, *_ in OWN] == [["a" * 12] * n, ["b" * 12] * n]
+    assert all(trace.customdata is None for trace in figures.path(residual_table(), OWN, 2, 64).figure.data)
+
+
+def test_members_caught_by_each_combination_are_counted_once() -> None:
+    caught = pd.Series(["NA + PIA"] * 5 + ["none"] * 7 + ["PIA"] * 2)
+    chart = figures.caught_together(caught, ("NA", "PIA"))
+    bar, na, pia = chart.figure.data
+    assert dict(zip(bar.x, bar.y, strict=True)) == {"none": 7, "NA + PIA": 5, "PIA": 2}
+    assert [*bar.customdata] == [*bar.x]
+    assert ([*na.x], [*pia.x]) == (["NA + PIA"], ["NA + PIA", "PIA"])
+    assert numbers(chart.alt) == [14, 5, 2, 7]
+    assert chart.table.members.sum() == len(caught)
 
 
 @pytest.mark.parametrize("kind", ["continuous", "few values", "constant"])
 def test_every_score_falls_into_a_bin(kind: str) -> None:
     table = score_table(kind=kind)
     chart = figures.histograms(table, {1: 0.5, 2: 0.7})
-    assert len(chart.figure.data) == 4
-    for bars in chart.figure.data:
+    found = bars_of(chart)
+    assert len(found) == 4
+    for bars in found:
         assert bars.xbins.size > 0
         assert len(bars.x) == 200
         assert min(bars.x) >= bars.xbins.start
@@ -425,7 +524,8 @@ def test_every_score_falls_into_a_bin(kind: str) -> None:
 
 def test_both_groups_share_the_bins_and_have_their_colours() -> None:
     chart = figures.histograms(score_table(), {1: 0.5, 2: 0.7})
-    for panel in (chart.figure.data[:2], chart.figure.data[2:]):
+    found = bars_of(chart)
+    for panel in (found[:2], found[2:]):
         members, nonmembers = panel
         assert members.xbins == nonmembers.xbins
         assert (members.marker.color, nonmembers.marker.color) == (MEMBER, NONMEMBER)

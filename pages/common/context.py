@@ -17,7 +17,7 @@ from oms_core.images import BUILT_IN
 from oms_core.run import Run, plan
 
 CAPTIONS = ("given", "blip", "none")
-STATE, WRITTEN, PROBLEMS = "context", "context written", "context problems"
+STATE, WRITTEN, PROBLEMS, CLICKED = "context", "context written", "context problems", "clicked"
 MAX_SHOWN_STEPS = 10
 RATES = (0.001, 0.01, 0.05, 0.1)
 
@@ -38,6 +38,7 @@ class Context:
     first: str = ""  # two pictures, by the beginning of their SHA-256
     second: str = ""
     step: int = 0
+    pick: str = ""  # the picture that was clicked, likewise
 
     def run(self, attacks: tuple[str, ...] | None = None, steps: int = 3) -> Run:
         """The run that the pages compute or look up."""
@@ -91,7 +92,7 @@ def checked(name: str, kind: str, text: str) -> Any:
         raise InputError(f"captions are {', '.join(CAPTIONS)}, or text: and words.")
     if name == "attack" and text not in ATTACKS:
         raise InputError(f"the attacks are {', '.join(ATTACKS)}.")
-    if name in ("first", "second") and not (text.isalnum() and len(text) <= 64):
+    if name in ("first", "second", "pick") and not (text.isalnum() and len(text) <= 64):
         raise InputError("it is not the name of a picture.")
     return text
 
@@ -141,6 +142,8 @@ def current() -> Context:
         context = replace(context, t=None, images="", captions="given", attack="NA")
     if values or problems:
         state[PROBLEMS] = problems
+    if values.get("pick"):
+        state[CLICKED] = "address", values["pick"]
     write(context)
     return context
 
@@ -184,6 +187,17 @@ def searching(context: Context) -> Context:
         return context
     update(attack=ATTACKS[context.attack].shown_as or "NA")
     return st.session_state[STATE]
+
+
+def kept(widget: Callable[..., Any], label: str, name: str, default: Any, options: list, **more: Any) -> Any:
+    """A choice that outlives a change of page, and that others may set under its name, as far as it is offered."""
+    key, state = f"kept {name}", st.session_state
+    value = state.get(name, default)
+    if isinstance(value, list):
+        state[key] = [one for one in value if one in options]
+    else:
+        state[key] = value if value in options else default
+    return widget(label, options, key=key, on_change=lambda: state.update({name: state[key]}), **more)
 
 
 def control(widget: Callable[..., Any], label: str, name: str, **options: Any) -> Any:

@@ -12,9 +12,10 @@ from contextlib import contextmanager
 
 import pandas as pd
 import streamlit as st
+from streamlit.logger import get_logger
 
 from oms_core import catalog
-from oms_core.compute import score, score_each
+from oms_core.compute import score, score_each, set_libraries_aside
 from oms_core.decode import decode
 from oms_core.errors import InputError
 from oms_core.figures import Chart
@@ -25,6 +26,7 @@ from pages.common import context as chosen
 from pages.common.context import Context, control, current, including
 
 log = logging.getLogger(__name__)
+get_logger("oms_core").propagate = True  # what the engine says reaches the server's log too, and whoever else listens
 TIMESTEPS = [None, 20, 50, 100, 150, 200, 250, 300, 350, 400]
 FAMILY_NAMES = {
     "ddpm": "DDPM",
@@ -33,11 +35,14 @@ FAMILY_NAMES = {
     "transformer": "diffusion transformer on latents",
 }
 WARM_UP_AFTER = 2.0  # seconds
+PLAIN = {"displayModeBar": False}  # a Plotly chart without its tools
 PAGES = (
     ("app.py", "Start", ":material/home:"),
     ("pages/1_Step_the_search.py", "Step the search", ":material/directions_walk:"),
     ("pages/2_Convergence.py", "Convergence", ":material/trending_down:"),
     ("pages/3_Attacks.py", "Attacks", ":material/troubleshoot:"),
+    ("pages/4_Inspect.py", "Inspect", ":material/search:"),
+    ("pages/5_Try_your_images.py", "Try your images", ":material/add_photo_alternate:"),
     ("pages/6_Sweep.py", "Sweep", ":material/grid_on:"),
     ("pages/7_Paper_method_limits.py", "Paper, method, limits", ":material/menu_book:"),
 )
@@ -64,8 +69,8 @@ def begin(title: str, question: str) -> Context:
 
 
 def links() -> None:
-    """The pages, each opened with what was chosen here."""
-    params = st.session_state[chosen.WRITTEN]
+    """The pages, each opened with what was chosen here; a picture may be clicked later, and does not open twice."""
+    params = {name: value for name, value in st.session_state[chosen.WRITTEN].items() if name != "pick"}
     for page, label, icon in PAGES:
         st.page_link(page, label=label, icon=icon, query_params=params)
     st.divider()
@@ -83,6 +88,8 @@ def warm_up() -> threading.Timer:
 def import_slow_libraries() -> None:
     import oms_core.families.ddpm  # noqa: F401
 
+    set_libraries_aside()
+
 
 def pick_model(context: Context) -> None:
     """The model, the epoch of its weights, and what it is."""
@@ -93,7 +100,7 @@ def pick_model(context: Context) -> None:
         "Model",
         chosen.models(),
         key=key,
-        on_change=lambda: chosen.update(model=st.session_state[key], images="", first="", second="", step=0),
+        on_change=lambda: chosen.update(model=st.session_state[key], images="", first="", second="", step=0, pick=""),
         format_func=short,
         help="Small diffusion models that were trained for this app, the closed-form ideal memoriser, and the models "
         "in folders that the owner of this app opened with OMS_MODELS.",
@@ -126,7 +133,7 @@ def pick_images(context: Context, model: catalog.Model) -> None:
         sets if own in sets else [own, *sets],
         key=key,
         format_func=short,
-        on_change=lambda: chosen.update(images=st.session_state[key], first="", second="", step=0),
+        on_change=lambda: chosen.update(images=st.session_state[key], first="", second="", step=0, pick=""),
         help="Built in, or in a folder that the owner of this app opened with OMS_IMAGES.",
     )
 
@@ -226,12 +233,48 @@ def guarded() -> Iterator[None]:
         )
 
 
-def show(chart: Chart, key: str, caption: str = "") -> None:
-    """A chart with the sentence that stands for it, and its table."""
-    st.plotly_chart(chart.figure, key=key, alt=chart.alt, config={"displayModeBar": False})
-    st.caption(caption or chart.alt)
+def show(chart: Chart, key: str, caption: str = "", clicked: Callable[[str], None] | None = None) -> None:
+    """A chart with the sentence that stands for it, and its table.
+
+    Args:
+        chart: what to show; if its traces carry customdata it can be clicked.
+        key: of the widget.
+        caption: in place of the sentence.
+        clicked: what to do with the customdata of a clicked point; by default it is a picture, and opens.
+    """
+    from pages.common.drawer import open_picture  # which needs this module
+
+    said = caption or chart.alt
+    if any(trace.customdata is not None for trace in chart.figure.data):
+        clickable(chart, key, clicked or open_picture)
+        said += "" if clicked else " A click on a point opens its picture."
+    else:
+        st.plotly_chart(chart.figure, key=key, alt=chart.alt, config=PLAIN)
+    st.caption(said)
     with st.expander("Table"):
         st.table(chart.table, hide_index=True)
+
+
+@st.fragment
+def clickable(chart: Chart, key: str, clicked: Callable[[str], None]) -> None:
+    """A chart that follows a click alone, without the rest of its page."""
+    follow(key, clicked)  # first: drawing a large chart takes longer than opening a picture
+    st.plotly_chart(
+        chart.figure, key=key, alt=chart.alt, config=PLAIN, on_select=lambda: note_click(key), selection_mode="points"
+    )
+
+
+def note_click(key: str) -> None:
+    """Remember what a clicked point of a chart carries until `follow`."""
+    carried = [point["customdata"] for point in st.session_state[key]["selection"]["points"] if "customdata" in point]
+    if carried and carried[0]:
+        st.session_state[chosen.CLICKED] = key, carried[0]
+
+
+def follow(key: str, clicked: Callable[[str], None]) -> None:
+    """Do what a click asks for, once, in the run that it caused."""
+    if st.session_state.get(chosen.CLICKED, ("", ""))[0] == key:
+        clicked(st.session_state.pop(chosen.CLICKED)[1])
 
 
 def signals(run: Run, what: str) -> tuple[Plan, dict[str, pd.DataFrame], bool]:
