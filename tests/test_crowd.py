@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 import numpy as np
 import pytest
 from browser import SHOTS, WAIT, Served, Visitor, serving
