@@ -8,13 +8,12 @@ import pandas as pd
 import streamlit as st
 
 from oms_core import figures
-from oms_core.attacks import SEARCHES
 from oms_core.run import Plan, Trace, residuals
 from oms_core.search import fixed_point
 from pages.common.context import Context, control, searching, update
 from pages.common.drawer import follow_address, no_cohort, trace_of
 from pages.common.pictures import READY, find, kind, ordinary, strip, thumbnail
-from pages.common.shell import begin, guarded, show, signals
+from pages.common.shell import begin, guarded, search, show, signals
 
 STEPS = 10
 ENOUGH = 5  # rounds after which a score is held against chance
@@ -81,7 +80,7 @@ def controls(planned: Plan, context: Context) -> bool:
     """The search's settings and the game; whether the labels are hidden."""
     left, middle, right = st.columns([2, 1, 1], vertical_alignment="bottom")
     with left:
-        control(st.selectbox, "Search", "attack", options=list(SEARCHES), format_func=lambda name: SEARCHES[name].title)
+        search()
     middle.button("New pair", on_click=next_round, args=(planned,), width="stretch", help="A member and a non-member.")
     game = playing()
     right.button(

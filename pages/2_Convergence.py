@@ -7,13 +7,12 @@ import pandas as pd
 import streamlit as st
 
 from oms_core import figures, metrics
-from oms_core.attacks import SEARCHES
 from oms_core.exhibits import LAST
 from oms_core.laboratory import jacobian_norms, of_columns, ratios
 from oms_core.run import errors, residuals
 from pages.common.context import CLICKED, Context, control, including, searching
 from pages.common.drawer import follow_address, open_picture
-from pages.common.shell import begin, follow, guarded, show, signals, timestep
+from pages.common.shell import begin, follow, guarded, search, show, signals, timestep
 
 STEPS = 10
 JACOBIAN_STEPS, JACOBIAN_PICTURES = 5, 200
@@ -24,7 +23,7 @@ def controls() -> None:
     """What to compute."""
     left, middle, right = st.columns(3)
     with left:
-        control(st.selectbox, "Search", "attack", options=list(SEARCHES), format_func=lambda name: SEARCHES[name].title)
+        search()
     with middle:
         timestep()
     with right:

@@ -15,7 +15,6 @@ import streamlit as st
 from PIL import Image, ImageOps
 
 from oms_core import audit, evidence, figures, metrics, people, uploads
-from oms_core.attacks import SEARCHES
 from oms_core.audit import Audit
 from oms_core.compute import unkept, unkept_trace
 from oms_core.decode import Profile, decode, fit
@@ -25,9 +24,21 @@ from oms_core.export import findings_csv, findings_page
 from oms_core.images import ImageSet
 from oms_core.jobs import SERVICE
 from oms_core.run import Plan, Run, Trace, about, lookup, plan, residuals
-from pages.common.context import RATES, Context, control, searching
+from pages.common.context import Context, searching
 from pages.common.pictures import enlarge
-from pages.common.shell import ask, begin, guarded, show, signals, timestep, viewer, warm_up, watch
+from pages.common.shell import (
+    ask,
+    begin,
+    false_alarms,
+    guarded,
+    search,
+    show,
+    signals,
+    timestep,
+    viewer,
+    warm_up,
+    watch,
+)
 
 STEPS, PATH_STEPS = 3, 10
 READY = 10  # pictures of an example
@@ -138,13 +149,11 @@ def controls() -> None:
     """The attack, the timestep and the false-alarm rate."""
     left, middle, right = st.columns(3)
     with left:
-        control(st.selectbox, "Search", "attack", options=list(SEARCHES), format_func=lambda name: SEARCHES[name].title)
+        search()
     with middle:
         timestep()
     with right:
-        control(
-            st.select_slider, "False alarms allowed", "fpr", options=RATES, format_func=lambda r: f"{100 * r:g} %"
-        )  # fmt: skip
+        false_alarms()
 
 
 def run_of(context: Context, steps: int = STEPS) -> Run:

@@ -14,8 +14,8 @@ from oms_core.evaluation import evaluation
 from oms_core.exhibits import OVER_TIMESTEPS, OVER_TRAINING
 from oms_core.run import Run
 from oms_core.schemes import SCHEMES
-from pages.common.context import Context, control, searching, update
-from pages.common.shell import begin, gathered, guarded, show
+from pages.common.context import Context, searching, update
+from pages.common.shell import begin, gathered, guarded, search, show
 
 TIMESTEPS = (*laboratory.SWEPT, 300, 350)
 STEPS = 3
@@ -31,7 +31,7 @@ def by_distance(context: Context) -> None:
     """The AUC of every distance at every timestep; a click carries timestep and step to every page."""
     left, right = st.columns(2)
     with left:
-        control(st.selectbox, "Search", "attack", options=list(SEARCHES), format_func=lambda name: SEARCHES[name].title)
+        search()
     usual = NORMS.index(SEARCHES[context.attack].p)
     p = right.radio("Norm p of the distance", NORMS, index=usual, horizontal=True, key=f"norm {context.attack}")
     runs = [replace(settings(context, (context.attack,), STEPS), t=t) for t in TIMESTEPS]

@@ -13,8 +13,8 @@ from oms_core.catalog import describe
 from oms_core.evaluation import with_rivals
 from oms_core.evidence import p_values
 from oms_core.run import Plan, lookup, plan, scores
-from pages.common.context import RATES, Context, control, update
-from pages.common.shell import signals, timestep
+from pages.common.context import Context, control, update
+from pages.common.shell import false_alarms, signals, timestep
 
 STEPS = 3
 CAUGHT, ACCUSED, MISSED, CLEARED = "caught member", "wrongly accused", "missed member", "rightly cleared"
@@ -48,9 +48,7 @@ def controls(context: Context) -> int:
     with middle:
         control(st.selectbox, "Look closely at", "attack", options=fitting(context), format_func=titled)
     with right:
-        control(
-            st.select_slider, "False alarms allowed", "fpr", options=RATES, format_func=lambda r: f"{100 * r:g} %"
-        )  # fmt: skip
+        false_alarms()
     return 2 if st.session_state["oms"] else 1
 
 

@@ -15,6 +15,7 @@ import streamlit as st
 from streamlit.logger import get_logger
 
 from oms_core import catalog
+from oms_core.attacks import SEARCHES
 from oms_core.compute import score, score_each, set_libraries_aside
 from oms_core.decode import decode
 from oms_core.errors import InputError
@@ -23,7 +24,7 @@ from oms_core.images import ASSETS, BUILT_IN
 from oms_core.jobs import SERVICE, Job
 from oms_core.run import Plan, Run, calls, lookup, plan
 from pages.common import context as chosen
-from pages.common.context import Context, control, current, including
+from pages.common.context import RATES, Context, control, current, including
 
 log = logging.getLogger(__name__)
 get_logger("oms_core").propagate = True  # what the engine says reaches the server's log too, and whoever else listens
@@ -206,6 +207,16 @@ def about(model: catalog.Model) -> str:
         return f"A {what} from a folder that the owner opened. What it was trained on is for its maker to say."
     members, minutes = model.card["members"], model.card["minutes"]
     return f"A small {what}, trained for {minutes:.0f} minutes on {members} pictures of {model.images}: the members."
+
+
+def search() -> None:
+    """Which attack starts the search that is looked at."""
+    control(st.selectbox, "Search", "attack", options=list(SEARCHES), format_func=lambda name: SEARCHES[name].title)
+
+
+def false_alarms() -> None:
+    """How many non-members may be accused."""
+    control(st.select_slider, "False alarms allowed", "fpr", options=RATES, format_func=lambda r: f"{100 * r:g} %")
 
 
 def timestep() -> None:
