@@ -48,8 +48,6 @@ def test_a_point_of_every_chart_opens_its_picture(visitor: Visitor) -> None:
     visitor.says("gain in AUC points")
     click_point(visitor, 0, "PIA +OMS", 30)
     seen = [opens_and_closes(visitor, "drawer")]
-    click_point(visitor, 0, "NA +OMS", -40)
-    seen.append(opens_and_closes(visitor))
     click_point(visitor, 1, "non-members, each", 0)
     seen.append(opens_and_closes(visitor, "rug"))
     visitor.go("Convergence")

@@ -24,7 +24,7 @@ from PIL import Image
 from watch import watched
 
 from oms_core import edits, uploads
-from oms_core.decode import MAX_ASPECT, MAX_BYTES, MAX_PIXELS, Profile, decode
+from oms_core.decode import BAND, MAX_ASPECT, MAX_BYTES, MAX_PIXELS, Profile, decode
 from oms_core.edits import LARGEST, Edit, edited, with_edit
 from oms_core.errors import InputError
 from oms_core.images import ImageSet
@@ -206,6 +206,16 @@ def test_what_can_be_used_gives_its_pixels_whatever_it_is_called(name: str, call
     assert reasons(found) == {}
     (pixels,) = found.pixels(Profile(expected.shape[:2], 3))
     assert np.abs(pixels - expected.astype(float)).max() <= 1
+
+
+@pytest.mark.parametrize("rows", [BAND - 1, BAND, BAND + 1, 3 * BAND])
+def test_a_tall_picture_is_laid_on_white_from_top_to_bottom(rows: int) -> None:
+    clear = np.concatenate([RNG.integers(0, 256, (rows, 20, 3), np.uint8), np.full((rows, 20, 1), 255, np.uint8)], 2)
+    clear[-1, :, 3] = 0  # only the last row is transparent
+    picture, notes = decode(saved(clear))
+    assert np.array_equal(np.asarray(picture)[:-1], clear[:-1, :, :3])
+    assert (np.asarray(picture)[-1] == 255).all()
+    assert notes == ["transparent pixels laid on white"]
 
 
 def test_files_and_zips_come_together_and_no_role_is_guessed() -> None:
@@ -536,6 +546,13 @@ def test_a_crop_keeps_the_middle(size: tuple[int, int], share: float, kept: tupl
     top, left = (height - kept[1]) // 2, (width - kept[0]) // 2
     assert np.array_equal(cut, np.asarray(picture)[top : top + kept[1], left : left + kept[0]])
     assert abs((height - kept[1] - top) - top) <= 1  # as much is cut away on either side
+
+
+@pytest.mark.parametrize(("size", "share"), [((60, 3), 0.25), ((3, 60), 0.25), ((41, 3), 0.5)])
+def test_a_crop_of_a_narrow_picture_is_still_a_picture(size: tuple[int, int], share: float) -> None:
+    narrow = saved(Image.new("L", size, 9))
+    images = received([("narrow.png", narrow)])
+    assert with_edit(images, images.table.image[0], Edit(crop=share)).pixels(Profile((8, 8), 1)).max() == 9
 
 
 @pytest.mark.parametrize("deviation", [2.0, 10.0, 25.0])
