@@ -210,7 +210,7 @@ def test_what_can_be_used_gives_its_pixels_whatever_it_is_called(name: str, call
 
 @pytest.mark.parametrize("rows", [BAND - 1, BAND, BAND + 1, 3 * BAND])
 def test_a_tall_picture_is_laid_on_white_from_top_to_bottom(rows: int) -> None:
-    clear = np.concatenate([RNG.integers(0, 256, (rows, 20, 3), np.uint8), np.full((rows, 20, 1), 255, np.uint8)], 2)
+    clear = np.concatenate([RNG.integers(0, 256, (rows, 50, 3), np.uint8), np.full((rows, 50, 1), 255, np.uint8)], 2)
     clear[-1, :, 3] = 0  # only the last row is transparent
     picture, notes = decode(saved(clear))
     assert np.array_equal(np.asarray(picture)[:-1], clear[:-1, :, :3])
