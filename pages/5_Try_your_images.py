@@ -25,7 +25,7 @@ from oms_core.images import ImageSet
 from oms_core.jobs import SERVICE
 from oms_core.run import Plan, Run, Trace, about, lookup, plan, residuals
 from pages.common.context import Context, searching
-from pages.common.pictures import enlarge
+from pages.common.pictures import enlarge, literal
 from pages.common.shell import (
     ask,
     begin,
@@ -82,7 +82,7 @@ def receive(context: Context) -> None:
     if st.session_state.get("uploads") is None:
         st.caption(LIMITS)
     if problem := st.session_state.get("upload problem"):
-        st.error(problem)
+        st.error(literal(problem))  # it names a file
     examples(context)
 
 
