@@ -144,7 +144,7 @@ def map_of(denoiser: Denoiser, t: int) -> tuple[Map, Tensor]:
     """The map of two random pictures, and a noise."""
     pixels = np.random.default_rng(0).integers(0, 256, (2, *denoiser.profile.size, denoiser.profile.channels), np.uint8)
     x_0, condition = denoiser.encode(pixels), denoiser.condition(["", "a cat"])
-    f = Probe(denoiser, x_0, condition, lambda k: x_0).map(t)
+    f = Probe(denoiser, x_0, condition, lambda k: x_0).differentiable_map(t)
     return f, drawn(1, *x_0.shape, dtype=torch.float32)
 
 
@@ -203,7 +203,7 @@ def test_before_a_gaussian_the_norm_is_the_known_factor(t: int, tau: float) -> N
 
 def test_the_attack_measures_at_every_iterate() -> None:
     on = probe()
-    f, signal = on.map(300), JACOBIAN.measure(on, 300, 4)
+    f, signal = on.differentiable_map(300), JACOBIAN.measure(on, 300, 4)
     eps = fixed_point(f, [on.noise], 4).eps
     for n in range(4):  # a direction from before may make it stop a little early
         torch.testing.assert_close(signal[f"jacobian n={n}"], jacobian_norm(f, eps[n]).value, rtol=0.02, atol=0)

@@ -326,7 +326,8 @@ def test_an_attack_asks_the_model_as_often_as_it_says(name: str, t: int) -> None
     for n in (1, 2, 3):
         on = probe()
         ATTACKS[name].measure(on, t, n)
-        assert len(on.denoiser.asked) == ATTACKS[name].calls_at(t, n)
+        asked, said = len(on.denoiser.asked), ATTACKS[name].calls_at(t, n)
+        assert asked == said or (t == 0 and asked < said)  # there two neighbouring timesteps are one
         assert max(on.denoiser.asked) <= t + ATTACKS[name].reach
 
 

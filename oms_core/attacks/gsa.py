@@ -67,7 +67,7 @@ class Gradients(Attack):
 
     def losses(self, probe: Probe, t: int, steps: int) -> list[Tensor]:
         """The mean squared eps^0 - eps^n for n = 1 ... N, each (B,) float32."""
-        f = probe.map(t)
+        f = probe.differentiable_map(t)
         found = fixed_point(f if self.through else lambda eps: f(eps.detach()), [probe.noise], steps)
         eps = [each.float().flatten(1) for each in found.eps]
         return [(eps[0] - eps[n]).square().mean(dim=1) for n in range(1, steps + 1)]

@@ -29,8 +29,7 @@ class Contracting(Attack):
 
     def measure(self, probe: Probe, t: int, steps: int) -> Signal:
         """The norm at each iterate is sought from the direction found at the one before."""
-        f = probe.map(t)
-        found = fixed_point(f, [probe.noise], steps)
+        f, found = probe.differentiable_map(t), fixed_point(probe.map(t), [probe.noise], steps)
         signal, start = {}, None
         for n in range(steps):
             norm = jacobian_norm(f, found.eps[n], start)

@@ -53,7 +53,7 @@ class Repeated(Attack):
 
 def another_draw(probe: Probe, t: int, k: int) -> Pair:
     """NA with the k-th noise."""
-    eps = probe.draw(k)
+    eps = probe.noise if k == 0 else probe.draw(k)
     return eps, probe.map(t)(eps)
 
 
