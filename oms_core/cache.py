@@ -10,10 +10,11 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from oms_core.images import ASSETS
+from oms_core.device import MODES
+from oms_core.files import ASSETS
 
 log = logging.getLogger(__name__)
 SHIPPED = ASSETS / "signals"
@@ -53,17 +55,19 @@ class Variant:
     dtype: str
     batch: int
     steps: int
+    mode: str = MODES[0]
 
     def __str__(self) -> str:
-        return f"{self.device}-{self.dtype}-b{self.batch}-n{self.steps}"
+        told = f"{self.device}-{self.dtype}-b{self.batch}-n{self.steps}"
+        return told if self.mode == MODES[0] else f"{told}-{self.mode}"
 
     @classmethod
     def parse(cls, name: str) -> "Variant | None":
         """The variant that a folder's name says, None where it is something else."""
         try:
-            device, dtype, batch, steps = name.split("-")
-            return cls(device, dtype, int(batch.removeprefix("b")), int(steps.removeprefix("n")))
-        except ValueError:
+            device, dtype, batch, steps, *mode = name.split("-")
+            return cls(device, dtype, int(batch.removeprefix("b")), int(steps.removeprefix("n")), *mode)
+        except (ValueError, TypeError):
             return None
 
 
@@ -81,6 +85,15 @@ def variants(key: str) -> Iterator[tuple[Variant, Path]]:
         for variant in sorted(found, key=lambda variant: (variant.steps, str(variant))):
             if os.path.isfile(folder / str(variant) / "manifest.json"):
                 yield variant, folder / str(variant)
+
+
+def begun(key: str, like: Variant) -> int:
+    """The batch size of a result that was begun here like this one, so that it can be gone on with; 0 if none was."""
+    for path in sorted((home() / FORMAT / key[:2] / key).glob("*")):
+        variant = Variant.parse(path.name)
+        if variant and replace(like, batch=variant.batch) == variant and next(path.glob("part-*"), None):
+            return variant.batch
+    return 0
 
 
 @dataclass(frozen=True)
@@ -180,6 +193,11 @@ def counted(content: dict[str, Any], count: Callable[[], pd.DataFrame]) -> pd.Da
     entry.write(0, rows)
     entry.finish(content)
     return rows
+
+
+def forget(content: dict[str, Any]) -> None:
+    """Drop what `counted` keeps of a content on this machine."""
+    shutil.rmtree(Entry(key_of(content), COUNTED, 1).folder, ignore_errors=True)
 
 
 def part(folder: Path, shard: int) -> Path:

@@ -18,8 +18,8 @@ import pandas as pd
 from oms_core import cache, catalog
 from oms_core.decode import decode
 from oms_core.errors import InputError
-from oms_core.files import digest_of, digest_of_file, read_json, refuse_code, weight_files, weight_sizes
-from oms_core.images import ASSETS, ImageSet
+from oms_core.files import ASSETS, digest_of, digest_of_file, read_json, refuse_code, weight_files, weight_sizes
+from oms_core.images import ImageSet
 
 if TYPE_CHECKING:
     from PIL import Image

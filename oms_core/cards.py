@@ -9,8 +9,7 @@ from typing import Any
 
 from oms_core.cache import read_finished
 from oms_core.errors import InputError
-from oms_core.files import read_json
-from oms_core.images import ASSETS
+from oms_core.files import ASSETS, read_json
 
 
 def digests(folder: Path) -> dict[str, str]:

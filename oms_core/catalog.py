@@ -14,9 +14,9 @@ from typing import Any
 
 from oms_core.decode import Profile, decode
 from oms_core.errors import InputError
-from oms_core.files import STEMS, VARIANTS, digest_of, read_json
+from oms_core.files import ASSETS, STEMS, VARIANTS, digest_of, read_json
 from oms_core.folders import DEFAULT_SCHEDULE, KINDS, read_folder
-from oms_core.images import ASSETS, ImageSet, open_images
+from oms_core.images import ImageSet, open_images
 
 MODELS = ASSETS / "models"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")

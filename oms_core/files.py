@@ -11,6 +11,7 @@ from typing import Any
 
 from oms_core.errors import InputError
 
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
 MAX_CONFIG_BYTES = 2**20
 STEMS = ("diffusion_pytorch_model", "model")  # as diffusers and transformers call weights
 VARIANTS = ("", ".fp16")  # the first that is there is used

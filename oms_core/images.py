@@ -6,7 +6,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -15,14 +15,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from oms_core import layouts, rows
+from oms_core import cache, layouts, rows
 from oms_core.decode import FORMATS, Profile, decode, pixels
 from oms_core.errors import InputError
+from oms_core.files import ASSETS
 from oms_core.layouts import BESIDE, ROLES, Folder, Listed, Rows, Stamp, Tree, Zip, stamps
+from oms_core.survey import Look, look_through, sha256
 
-ASSETS = Path(__file__).resolve().parent.parent / "assets"
 BUILT_IN = ("digits", "fashion")
 REMEMBERED = 4  # opened sets
+SURVEY = 1  # raised when the decoder takes or refuses other pictures
 TICK = 2 * 10**9  # ns, the coarsest clock of a file system (FAT); two changes within a tick may have one stamp
 
 
@@ -111,16 +113,21 @@ def is_fresh(state: tuple[Stamp, ...]) -> bool:
 
 @lru_cache(REMEMBERED)
 def remembered(name: str, state: tuple[Stamp, ...]) -> ImageSet:
-    """A set as it was opened while its files had this state."""
-    return opened(name)
+    """A set as it was opened while its files had this state, here or by another process."""
+    stamped = hashlib.sha256("\n".join(map(str, state)).encode()).hexdigest()
+    return opened(name, {"survey": SURVEY, "set": name, "files": stamped})
 
 
-def opened(name: str) -> ImageSet:
-    """A set that is one place, or a split of it."""
+def opened(name: str, content: dict[str, Any] | None = None) -> ImageSet:
+    """A set that is one place, or a split of it; what is found in its files is kept under the content, if given."""
     split, at, rest = name.partition(".npz@")
-    if at:
-        return collected(name, with_split(Path(f"{split}.npz"), located(rest), rest))
-    return collected(name, located(name))
+    found = with_split(Path(f"{split}.npz"), located(rest), rest) if at else located(name)
+    count = len(found.listed)
+    if content is None:
+        return collected(name, found, look_through(found.read, count))
+    known = cache.counted(content, lambda: pd.DataFrame(look_through(found.read, count), columns=Look._fields))
+    looks = known.itertuples(index=False, name=None)
+    return collected(name, found, looks, changed=lambda: cache.forget(content))
 
 
 def located(name: str) -> Rows:
@@ -210,27 +217,32 @@ def in_tree(tree: Tree) -> Rows:
     return Rows(listed, lambda number: tree.read(listed[number].file))
 
 
-def collected(name: str, found: Rows, refused: Sequence[tuple[str, str]] = ()) -> ImageSet:
-    """An image set; each picture is read once to take its identity and to see that it decodes.
+def collected(
+    name: str,
+    found: Rows,
+    looks: Iterable[tuple[str, str]],
+    refused: Sequence[tuple[str, str]] = (),
+    changed: Callable[[], None] = lambda: None,
+) -> ImageSet:
+    """An image set of the pictures that can be used.
 
     Args:
         name: how a user calls the set.
         found: the pictures.
+        looks: what was seen of each, see `oms_core.survey.Look`.
         refused: file and reason of what was turned away before.
+        changed: called when a picture turns out to be another than was looked at.
 
     Raises:
         InputError: no picture can be used.
     """
     kept, rejected = {}, [*refused]
-    for number, one in enumerate(found.listed):
+    for number, (one, (image, reason)) in enumerate(zip(found.listed, looks, strict=True)):
         file, label, caption = (readable(text) for text in (one.file, one.label, one.caption))
-        try:
-            data = found.read(number)
-            decode(data)
-        except InputError as error:
-            rejected.append((file, str(error)))
+        if reason:
+            rejected.append((file, reason))
         else:
-            kept[number] = (sha256(data), file, one.role, label, caption)
+            kept[number] = (image, file, one.role, label, caption)
     columns = ["image", "file", "role", "label", "caption"]
     table, doubled = without_doubles(pd.DataFrame.from_dict(kept, orient="index", columns=columns))
     rejected += doubled
@@ -239,7 +251,7 @@ def collected(name: str, found: Rows, refused: Sequence[tuple[str, str]] = ()) -
     numbers, images = [*table.index], [*table.image]
 
     def again(row: int) -> bytes:
-        return read_again(found, numbers[row], name, images[row])
+        return read_again(found, numbers[row], name, images[row], changed)
 
     return ImageSet(name, table.reset_index(drop=True), again, rejected_table(rejected))
 
@@ -251,8 +263,8 @@ def refuse_nothing(name: str, table: pd.DataFrame, rejected: list[tuple[str, str
         raise InputError(f"No picture in {name} can be used; supported are {', '.join(FORMATS)}.{why}")
 
 
-def read_again(found: Rows, number: int, name: str, image: str) -> bytes:
-    """The bytes of a picture, which must still be the picture of this identity.
+def read_again(found: Rows, number: int, name: str, image: str, changed: Callable[[], None]) -> bytes:
+    """The bytes of a picture, which must still be the picture of this identity; if not, `changed` is called.
 
     Raises:
         InputError: it was changed or removed since the set was opened.
@@ -266,6 +278,7 @@ def read_again(found: Rows, number: int, name: str, image: str) -> bytes:
     except InputError as error:
         change = f"removed while it was in use ({error})"
     remembered.cache_clear()  # the set is read again, even if its files' stamps have not changed
+    changed()
     raise InputError(f"{where} was {change}; open the set again.")
 
 
@@ -334,8 +347,3 @@ def rejected_table(found: list[tuple[str, str]]) -> pd.DataFrame:
 def readable(name: str) -> str:
     """A file's name or a caption as text that can be kept and shown, also where its bytes are no UTF-8."""
     return re.sub("[\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", name)
-
-
-def sha256(data: bytes) -> str:
-    """Hexadecimal SHA-256."""
-    return hashlib.sha256(data).hexdigest()

@@ -7,11 +7,13 @@ import math
 import time
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 from oms_core.decode import MAX_BYTES
 from oms_core.errors import InputError
 from oms_core.images import ImageSet, collected
 from oms_core.layouts import BESIDE, Listed, Rows, Zip
+from oms_core.survey import look
 
 MOST = 200  # pictures
 QUOTA = 256 * 2**20  # bytes of one visitor, as they were sent and again unpacked
@@ -42,7 +44,8 @@ def received(files: Sequence[tuple[str, bytes]]) -> ImageSet:
             raise InputError(f"left out, as the pictures before it took {PATIENCE:.0f} seconds; use fewer or smaller")
         return sources[number]()
 
-    images = collected(NAME, Rows(listed, read), refused)
+    looks = (look(partial(read, number)) for number in range(len(listed)))
+    images = collected(NAME, Rows(listed, read), looks, refused)
     until = math.inf  # what was found in time may be read whenever it is needed
     return images
 

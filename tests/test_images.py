@@ -19,10 +19,11 @@ from sklearn.datasets import load_digits
 
 from oms_core import images, layouts
 from oms_core.assemble import png
-from oms_core.decode import Profile, decode
+from oms_core.decode import Profile
 from oms_core.errors import InputError
 from oms_core.images import ImageSet, open_images
 from oms_core.run import Run, plan
+from oms_core.survey import look_through
 
 GREY = Profile((8, 8), 1)
 RNG = np.random.default_rng(0)
@@ -340,11 +341,10 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     """What was decoded since; files count as old."""
     seen: list[bytes] = []
 
-    def counted(data: bytes) -> object:
-        seen.append(data)
-        return decode(data)
+    def counted(read: Callable[[int], bytes], count: int) -> object:
+        return look_through(lambda number: seen.append(read(number)) or seen[-1], count)
 
-    monkeypatch.setattr(images, "decode", counted)
+    monkeypatch.setattr(images, "look_through", counted)
     monkeypatch.setattr(images, "TICK", -(10**12))
     return seen
 
@@ -367,7 +367,8 @@ FILES = {"member/a.png": A, "nonmember/b.png": B, "metadata.csv": TABLE}
 def test_an_unchanged_folder_is_not_read_again(
     tmp_path: Path, opened: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = open_images(str(folder_of(tmp_path, FILES)))
+    folder = str(folder_of(tmp_path / "set", FILES))
+    first = open_images(folder)
     assert sorted(opened) == sorted([A, B])
 
     def refuse(*_: object) -> None:
@@ -375,12 +376,36 @@ def test_an_unchanged_folder_is_not_read_again(
 
     with monkeypatch.context() as patched:
         patched.setattr(layouts, "read_regular", refuse)
-        again = open_images(str(tmp_path))
-        joined = [plan(Run(images=str(tmp_path), attacks=("PIA",))).images for _ in range(2)]
+        again = open_images(folder)
+        joined = [plan(Run(images=folder, attacks=("PIA",))).images for _ in range(2)]
     assert len(opened) == 2
     assert again.digest == first.digest
     assert sorted(joined[0].table.image) == sorted(joined[1].table.image) == sorted(first.table.image)
     assert again.read(0) == A
+
+
+def test_another_process_need_not_look_through_an_unchanged_folder(tmp_path: Path, opened: list[bytes]) -> None:
+    folder = folder_of(tmp_path / "set", {"member/a.png": A, "nonmember/b.png": B, "member/c.png": b"no picture"})
+    first = open_images(str(folder))
+    images.remembered.cache_clear()  # as in a process that has just begun
+    again = open_images(str(folder))
+    assert sorted(opened) == sorted([A, B, b"no picture"])
+    pd.testing.assert_frame_equal(again.table, first.table)
+    pd.testing.assert_frame_equal(again.rejected, first.rejected)
+    rewritten(folder / "member/a.png", C)
+    assert images.sha256(C) in set(open_images(str(folder)).table.image)
+
+
+def test_a_change_behind_the_same_stamp_is_noticed_and_forgotten(tmp_path: Path, opened: list[bytes]) -> None:
+    folder = folder_of(tmp_path / "set", FILES)
+    found, state = open_images(str(folder)), layouts.stamps(str(folder))
+    (folder / "member/a.png").write_bytes(C)
+    for count in (1, 2):
+        images.remembered.cache_clear()
+        images.remembered(str(folder), state)  # as if no stamp had changed
+        assert len(opened) == 2 * count
+        with pytest.raises(InputError, match=r"a\.png was changed while it was in use; open the set again"):
+            found.read(0)
 
 
 CHANGES: dict[str, Callable[[Path], None]] = {

@@ -701,8 +701,10 @@ def of_both(root: Path, data: bytes) -> str:
 def test_a_set_is_read_again_only_when_its_files_have_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[..., str]
 ) -> None:
-    read, original = [], images.decode
-    monkeypatch.setattr(images, "decode", lambda data: read.append(data) or original(data))
+    read, original = [], images.look_through
+    monkeypatch.setattr(
+        images, "look_through", lambda each, count: original(lambda number: read.append(number) or each(number), count)
+    )
     monkeypatch.setattr(images, "TICK", -(10**12))  # all files count as old
     name = make(tmp_path, A)
     first, seen = open_images(name), len(read)

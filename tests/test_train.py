@@ -23,7 +23,8 @@ from oms_core.decode import Profile
 from oms_core.device import Placement
 from oms_core.errors import InputError
 from oms_core.families import load
-from oms_core.images import ASSETS, open_images
+from oms_core.files import ASSETS
+from oms_core.images import open_images
 from oms_core.training import ddpm
 from oms_core.training.loop import Training
 from oms_core.training.recipes import DIGITS_TIMESTEPS, RECIPES, Recipe

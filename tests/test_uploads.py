@@ -28,6 +28,7 @@ from oms_core.decode import BAND, MAX_ASPECT, MAX_BYTES, MAX_PIXELS, Profile, de
 from oms_core.edits import LARGEST, Edit, edited, with_edit
 from oms_core.errors import InputError
 from oms_core.images import ImageSet
+from oms_core.survey import Look
 from oms_core.uploads import LONGEST_NAME, MOST, QUOTA, received
 
 RNG = np.random.default_rng(0)
@@ -317,17 +318,14 @@ def test_a_visitor_has_a_quota_of_bytes_sent_and_of_bytes_unpacked(monkeypatch: 
 def test_pictures_that_take_too_long_are_left_out_and_the_others_stay_readable(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(uploads.time, "monotonic", lambda: now[0])
-    whole = uploads.collected
+    original = uploads.look
 
-    def slow(name: str, found: uploads.Rows, refused: list) -> ImageSet:
-        def read(number: int) -> bytes:
-            data = found.read(number)
-            now[0] += uploads.PATIENCE / 1.5
-            return data
+    def slow(read: Callable[[], bytes]) -> Look:
+        seen = original(read)
+        now[0] += uploads.PATIENCE / 1.5
+        return seen
 
-        return whole(name, found._replace(read=read), refused)
-
-    monkeypatch.setattr(uploads, "collected", slow)
+    monkeypatch.setattr(uploads, "look", slow)
     found = received([("a.png", A), ("b.png", B), ("c.png", C)])
     assert [*found.table.file] == ["a.png", "b.png"]
     assert "took 60 seconds" in reasons(found)["c.png"]

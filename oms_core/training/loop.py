@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 from oms_core.cards import write_card
 from oms_core.errors import InputError
-from oms_core.images import ASSETS, ImageSet, open_images
+from oms_core.files import ASSETS
+from oms_core.images import ImageSet, open_images
 from oms_core.training.recipes import RECIPES, Recipe
 
 WORK = Path(".training")

@@ -20,7 +20,8 @@ from oms_core.compute import score, score_each, set_libraries_aside
 from oms_core.decode import decode
 from oms_core.errors import InputError
 from oms_core.figures import Chart
-from oms_core.images import ASSETS, BUILT_IN
+from oms_core.files import ASSETS
+from oms_core.images import BUILT_IN
 from oms_core.jobs import SERVICE, Job
 from oms_core.run import Plan, Run, calls, lookup, plan
 from pages.common import context as chosen
