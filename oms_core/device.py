@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,8 +13,10 @@ from oms_core.errors import InputError
 
 DEVICES = ("cpu", "cuda", "mps")
 DTYPES = ("float32", "float16", "bfloat16")
-CPU_BATCH = 64
-LARGEST_BATCH = 1024
+MODES = ("eager", "channels_last", "compiled")
+FIRST_BATCH, LARGEST_BATCH = 16, 1024
+PAYS = 0.95  # a batch twice as large must take no more than this share of the time for each picture
+LONG = 1.0  # seconds; a batch that takes so long is large enough
 
 
 @dataclass(frozen=True)
@@ -22,17 +26,19 @@ class Placement:
     Attributes:
         device: cpu, cuda or mps.
         dtype: precision of the network; distances are always taken in float32.
+        mode: how the network runs: as it is written, with channels as the innermost dimension, or compiled.
     """
 
     device: str
     dtype: str
+    mode: str = MODES[0]
 
 
-def place(device: str = "", dtype: str = "") -> Placement:
-    """Fill in what was not asked for: the best device here (or the one in OMS_DEVICE), and float32.
+def place(device: str = "", dtype: str = "", mode: str = "") -> Placement:
+    """Fill in what was not asked for: the best device here (or the one in OMS_DEVICE), float32, and eager.
 
     Raises:
-        InputError: an unknown device or precision, or a device that this machine does not have.
+        InputError: an unknown device, precision or mode, or a device that this machine does not have.
     """
     import torch
 
@@ -44,32 +50,53 @@ def place(device: str = "", dtype: str = "") -> Placement:
         raise InputError(f"This machine has no usable {wanted}; leave the device out to use what it has.")
     if dtype and dtype not in DTYPES:
         raise InputError(f"There is no precision {dtype!r}; choose one of {', '.join(DTYPES)}.")
+    if mode and mode not in MODES:
+        raise InputError(f"There is no mode {mode!r}; choose one of {', '.join(MODES)}.")
     best = next(name for name in ("cuda", "mps", "cpu") if available[name])
-    return Placement(wanted or best, dtype or "float32")
+    return Placement(wanted or best, dtype or DTYPES[0], mode or MODES[0])
 
 
 def batch_size(placement: Placement, forward: Callable[[int], None]) -> int:
-    """How many pictures to compute at once: `CPU_BATCH`, or the most that a trial shows to fit on a GPU.
+    """How many pictures to compute at once: tried before a run, and doubled as long as that pays.
 
     Args:
         placement: where.
-        forward: runs the model once on a batch of the given size.
+        forward: runs the model once on a batch of the given size, and waits for the answer.
 
     Raises:
         InputError: not even one picture fits.
     """
-    if placement.device == "cpu":
-        return CPU_BATCH
-    size = LARGEST_BATCH
-    while size:
-        try:
-            forward(size)
-            return max(1, size // 2)  # half of what fits leaves room for the iterates
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
+    size, best, least = FIRST_BATCH, 0, math.inf
+    while 0 < size <= LARGEST_BATCH:
+        seconds = trial(placement, forward, size)
+        if seconds is None and best:
+            return max(1, best // 2)  # half of what fits leaves room for the iterates
+        if seconds is None:
             size //= 2
-    raise InputError(f"Not even one picture fits into the memory of {placement.device}; use another device.")
+            continue
+        if seconds / size > PAYS * least:
+            return best
+        best, least = size, seconds / size
+        if seconds > LONG:
+            return best
+        size *= 2
+    if not best:
+        raise InputError(f"Not even one picture fits into the memory of {placement.device}; use another device.")
+    return best
+
+
+def trial(placement: Placement, forward: Callable[[int], None], size: int) -> float | None:
+    """Seconds of the second of two forward passes, as the first prepares the device; None if there is no room."""
+    try:
+        forward(size)
+        started = time.perf_counter()
+        forward(size)
+        return time.perf_counter() - started
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        release(placement)
+        return None
 
 
 @contextmanager

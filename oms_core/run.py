@@ -17,7 +17,7 @@ from oms_core import cache, captions, catalog
 from oms_core.attacks import ATTACKS, COMPARED, Attack, Learned, Search
 from oms_core.attacks.base import MAX_STEPS, NORMS, column, pairs
 from oms_core.catalog import Model
-from oms_core.device import DEVICES, DTYPES
+from oms_core.device import DEVICES, DTYPES, MODES
 from oms_core.errors import InputError
 from oms_core.images import ImageSet, open_images
 from oms_core.schemes import SCHEMES
@@ -50,7 +50,8 @@ class Run:
     limit: int | None = setting(None, "only so many pictures, half of them members", 1)
     device: str = setting("", f"{', '.join(DEVICES)}; by default the best one here")
     dtype: str = setting("", f"precision of the network: {', '.join(DTYPES)}; by default float32")
-    batch: int = setting(0, "pictures at once; by default what fits. Part of the result's identity", 0, MAX_BATCH)
+    mode: str = setting("", f"how the network runs: {', '.join(MODES)}; by default {MODES[0]}")
+    batch: int = setting(0, "pictures at once; by default what pays. Part of the result's identity", 0, MAX_BATCH)
 
 
 @dataclass(frozen=True)
@@ -242,7 +243,12 @@ def lookup(plan: Plan) -> dict[str, pd.DataFrame]:
 
 def fits(variant: cache.Variant, run: Run) -> bool:
     """Whether a kept result is what a run asks for; a device or batch size that it leaves open may be any."""
-    asked = ((run.device, variant.device), (run.dtype or DTYPES[0], variant.dtype), (run.batch, variant.batch))
+    asked = (
+        (run.device, variant.device),
+        (run.dtype or DTYPES[0], variant.dtype),
+        (run.mode or MODES[0], variant.mode),
+        (run.batch, variant.batch),
+    )
     return variant.steps >= run.steps and all(not wanted or wanted == kept for wanted, kept in asked)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from oms_core import device
-from oms_core.device import CPU_BATCH, LARGEST_BATCH, Placement, batch_size, out_of_memory, place
+from oms_core.device import FIRST_BATCH, LARGEST_BATCH, MODES, Placement, batch_size, out_of_memory, place
 from oms_core.errors import InputError
 
 GPU = Placement("cuda", "float32")
@@ -111,16 +111,40 @@ def test_the_allocator_of_this_machine_says_what_is_expected() -> None:
     assert out_of_memory(failed.value)
 
 
-@pytest.mark.parametrize("holds", [1, 2, 3, 100, 512, 1023, 1024, 10**6])
+@pytest.mark.parametrize("holds", [1, 2, 3, 15, 16, 100, 512, 1023])
 @pytest.mark.parametrize("error", FULL[:3], ids=["cuda", "class", "mps"])
-def test_the_batch_is_halved_until_it_fits_and_then_once_more(holds: int, error: Exception) -> None:
+def test_a_batch_grows_until_it_does_not_fit_and_half_of_what_does_is_taken(holds: int, error: Exception) -> None:
     memory = Memory(holds, error)
     size = batch_size(GPU, memory.forward)
-    assert memory.tried[0] == LARGEST_BATCH
-    assert all(later == earlier // 2 for earlier, later in zip(memory.tried, memory.tried[1:], strict=False))
-    fits = memory.tried[-1]
-    assert fits <= holds < 2 * fits or fits == LARGEST_BATCH
+    fits = max(tried for tried in memory.tried if tried <= holds)
+    assert fits <= holds < 2 * fits
     assert size == max(1, fits // 2)
+
+
+def test_a_device_with_room_for_all_gets_the_largest_batch() -> None:
+    memory = Memory(10**6, FULL[0])
+    assert batch_size(GPU, memory.forward) == max(memory.tried) == LARGEST_BATCH
+
+
+@pytest.mark.parametrize("best", [16, 64, 256])
+def test_a_batch_grows_as_long_as_a_picture_gets_cheaper(best: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(device.time, "perf_counter", lambda: clock[0])
+
+    def forward(count: int) -> None:
+        clock[0] += 1e-4 * max(count, best)  # up to its best size a batch takes as long as a smaller one
+
+    assert batch_size(Placement("cpu", "float32"), forward) == best
+
+
+def test_a_batch_that_takes_long_is_large_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(device.time, "perf_counter", lambda: clock[0])
+
+    def forward(count: int) -> None:
+        clock[0] += 1 + count / 1000
+
+    assert batch_size(Placement("cpu", "float32"), forward) == FIRST_BATCH
 
 
 def test_a_device_without_room_for_one_picture_is_refused() -> None:
@@ -133,13 +157,14 @@ def test_a_device_without_room_for_one_picture_is_refused() -> None:
 
 @pytest.mark.parametrize("error", OTHER, ids=repr)
 def test_another_error_ends_the_search_for_a_batch_size(error: Exception) -> None:
-    memory = Memory(100, error)
+    memory = Memory(10, error)
     with pytest.raises(type(error)):
         batch_size(GPU, memory.forward)
-    assert memory.tried == [LARGEST_BATCH]
+    assert memory.tried == [FIRST_BATCH]
 
 
-def test_the_cpu_has_one_batch_size_and_is_not_tried() -> None:
-    memory = Memory(0, FULL[0])
-    assert batch_size(Placement("cpu", "float32"), memory.forward) == CPU_BATCH
-    assert memory.tried == []
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_is_known_and_no_other(mode: str) -> None:
+    assert place("cpu", mode=mode).mode == mode
+    with pytest.raises(InputError, match="no mode 'fast'"):
+        place("cpu", mode="fast")
