@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +80,7 @@ def add_answers(commands: Any) -> None:
     scoring.add_argument("--out", type=Path, help="a .parquet or .csv file; by default a summary is printed")
     scoring.add_argument("--traces", type=int, default=0, help="keep the iterates of so many pictures of each kind")
     scoring.add_argument("--distances", action="store_true", help="add every d(i, j) to the table")
+    add_engines(scoring)
 
     add(commands, "evaluate", evaluate_command, "AUC, ASR and TPR at low FPR for every n, with intervals", run=True)
 
@@ -145,6 +148,29 @@ def add(
     return one
 
 
+def add_engines(scoring: argparse.ArgumentParser) -> None:
+    """Who computes."""
+    scoring.add_argument("--engine", choices=["local", "ray"], default="local", help="this process, or a Ray cluster")
+    scoring.add_argument("--workers", type=int, default=0, help="of ray: each holds a model (default: what has room)")
+    scoring.add_argument("--threads", type=int, default=1, help="of each worker (default: 1)")
+    scoring.add_argument("--gpus", type=float, help="of each worker, 0.5 say (default: 1 where there are any)")
+
+
+def engine_of(options: argparse.Namespace) -> Any:
+    """What the flags of `add_engines` name; None for this process.
+
+    Raises:
+        InputError: a number makes no sense.
+    """
+    if options.engine == "local":
+        return None
+    if options.workers < 0 or options.threads < 1 or not 0 <= (options.gpus or 0) < math.inf:
+        raise InputError("--workers and --gpus cannot be negative, and --threads must be at least 1.")
+    from oms_core.distributed import Cluster, compute_on
+
+    return partial(compute_on, Cluster(options.workers, options.threads, options.gpus))
+
+
 def shown_default(value: Any) -> str:
     return "all" if value == COMPARED else str(value)
 
@@ -190,7 +216,7 @@ def score_command(options: argparse.Namespace) -> None:
     planned = plan(run)
     if options.out and options.out.suffix not in (".parquet", ".csv"):
         raise InputError(f"{options.out} is neither .parquet nor .csv; name a file of one of these kinds.")
-    signals = score(run, Bar())
+    signals = score(run, Bar(), engine_of(options))
     table = scores(planned, signals)
     if options.distances:
         distances = [signals[task.attack.name].assign(attack=task.attack.name) for task in planned.tasks]
@@ -342,7 +368,7 @@ def convert_command(options: argparse.Namespace) -> None:
 
 def assemble_command(options: argparse.Namespace) -> None:
     from oms_core.assemble import assemble
-    from oms_core.images import ASSETS
+    from oms_core.files import ASSETS
 
     for path in assemble(options.source, options.to or ASSETS / "images"):
         print(f"written to {path}")

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,7 +21,8 @@ import pandas as pd
 from oms_core import cache, captions
 from oms_core.attacks import Learned, Probe
 from oms_core.catalog import Model
-from oms_core.device import Placement, batch_size, fitting, place
+from oms_core.device import MODES, Placement, batch_size, fitting, place
+from oms_core.errors import InputError
 from oms_core.images import ImageSet
 from oms_core.learned import learn
 from oms_core.run import Plan, Run, Task, Trace, lookup, lookup_trace, plan, task_of, trace_content
@@ -44,23 +46,27 @@ class Progress:
         done, total: pictures.
         signals: the distances of the pictures that just came in, by attack.
         stage: what is done to them.
+        waited: seconds that the model waited for pictures so far.
     """
 
     done: int
     total: int
     signals: dict[str, pd.DataFrame]
     stage: str = "scores"
+    waited: float = 0.0
 
 
 Tick = Callable[[Progress], None]
+Engine = Callable[[Plan, Tick | None], dict[str, pd.DataFrame]]
 
 
-def score(run: Run, tick: Tick | None = None) -> dict[str, pd.DataFrame]:
+def score(run: Run, tick: Tick | None = None, engine: Engine | None = None) -> dict[str, pd.DataFrame]:
     """Every distance of a run, by attack: from the cache where known, computed where not.
 
     Args:
         run: what to compute.
         tick: called after each batch; it may raise to stop, and what is finished is kept.
+        engine: what computes; by default `compute`, in this process.
 
     Returns:
         For each attack a row per picture with the columns that it names.
@@ -74,8 +80,8 @@ def score(run: Run, tick: Tick | None = None) -> dict[str, pd.DataFrame]:
     learned = [task for task in missing if isinstance(task.attack, Learned)]
     wanted = {one.attack.name: one for one in missing if one not in learned}
     wanted |= {one.attack.base.name: task_of(one.attack.base, planned) for one in learned}
-    signals = known | measured(replace(planned, tasks=tuple(wanted.values())), tick)
-    found = signals | {one.attack.name: judged(one, planned, signals, tick) for one in learned}
+    signals = known | measured(replace(planned, tasks=tuple(wanted.values())), tick, engine)
+    found = signals | {one.attack.name: judged(one, planned, signals, tick, engine) for one in learned}
     return {name: found[name] for name in dict.fromkeys(run.attacks)}
 
 
@@ -91,26 +97,28 @@ def score_each(runs: list[Run], tick: Tick | None = None) -> list[dict[str, pd.D
     return found
 
 
-def measured(planned: Plan, tick: Tick | None = None) -> dict[str, pd.DataFrame]:
+def measured(planned: Plan, tick: Tick | None = None, engine: Engine | None = None) -> dict[str, pd.DataFrame]:
     """The signals of a plan without learned attacks, known ones from the cache."""
     known = lookup(planned)
     missing = tuple(task for task in planned.tasks if task.attack.name not in known)
-    return known | (compute(replace(planned, tasks=missing), tick) if missing else {})
+    return known | ((engine or compute)(replace(planned, tasks=missing), tick) if missing else {})
 
 
-def judged(one: Task, planned: Plan, signals: dict[str, pd.DataFrame], tick: Tick | None) -> pd.DataFrame:
+def judged(
+    one: Task, planned: Plan, signals: dict[str, pd.DataFrame], tick: Tick | None, engine: Engine | None
+) -> pd.DataFrame:
     """The scores of a learned attack, fitted now and kept."""
     base, run = one.attack.base, planned.run
     auxiliary = pd.DataFrame()
     if one.attack.auxiliary:
         others = replace(planned, images=planned.auxiliary)
-        auxiliary = measured(replace(others, tasks=(task_of(base, others),)), tick)[base.name]
-    placement = place(run.device, run.dtype)
+        auxiliary = measured(replace(others, tasks=(task_of(base, others),)), tick, engine)[base.name]
+    placement = placed(run)
     denoiser = loaded(planned.model, placement)
     if tick:
         tick(Progress(0, len(planned.images), {}, "fit"))
     rows = learn(one, planned, signals[base.name], auxiliary, denoiser.coefficients)
-    entry = cache.Entry(one.key, cache.Variant(placement.device, placement.dtype, run.batch, run.steps), 1)
+    entry = cache.Entry(one.key, variant_of(run, placement, run.batch), 1)
     entry.write(0, rows)
     entry.finish(one.content)
     return rows
@@ -122,8 +130,29 @@ def loaded(model: Model, placement: Placement) -> Denoiser:
     from oms_core.families import load
 
     denoiser = load(model, placement)
+    prepare(denoiser, placement.mode)
     set_libraries_aside()
     return denoiser
+
+
+def prepare(denoiser: Denoiser, mode: str) -> None:
+    """Let a network run in one of `oms_core.device.MODES`.
+
+    Raises:
+        InputError: it cannot be compiled here.
+    """
+    import torch
+
+    if denoiser.network is None or mode == MODES[0]:
+        return
+    if mode == "channels_last":
+        denoiser.network.to(memory_format=torch.channels_last)
+        return
+    denoiser.network.compile()
+    try:
+        forward_pass(denoiser, 1)
+    except Exception as error:  # a compiler fails in many ways, most often because there is none
+        raise InputError("The network cannot be compiled on this machine; leave out --mode.") from error
 
 
 @lru_cache(1)
@@ -137,30 +166,87 @@ def set_libraries_aside() -> None:
     gc.freeze()
 
 
+@dataclass(frozen=True)
+class Shards:
+    """A plan cut into parts of whole batches, each of which is computed by one worker and kept as a whole.
+
+    Attributes:
+        plan: its pictures and tasks.
+        variant: how it is computed; the same for all parts.
+    """
+
+    plan: Plan
+    variant: cache.Variant
+
+    @cached_property
+    def places(self) -> list[pd.Index]:
+        """The rows of each shard."""
+        size = -(-SHARD // self.variant.batch) * self.variant.batch
+        rows = self.plan.images.table.index
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+    @cached_property
+    def entries(self) -> dict[Task, cache.Entry]:
+        """Where the shards of each task are kept."""
+        return {task: cache.Entry(task.key, self.variant, len(self)) for task in self.plan.tasks}
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def images(self, shard: int) -> ImageSet:
+        """The pictures of a shard."""
+        return replace(self.plan.images, table=self.plan.images.table.loc[self.places[shard]])
+
+    def kept(self, shard: int) -> dict[Task, pd.DataFrame]:
+        """What is finished of a shard."""
+        found = {task: entry.read(shard) for task, entry in self.entries.items()}
+        return {task: rows for task, rows in found.items() if rows is not None}
+
+    def missing(self) -> list[int]:
+        """The shards of which something is not finished."""
+        return [shard for shard in range(len(self)) if len(self.kept(shard)) < len(self.entries)]
+
+    def finish(self) -> None:
+        """Say in a manifest that every shard is there."""
+        for task, entry in self.entries.items():
+            entry.finish(task.content)
+
+
+def placed(run: Run) -> Placement:
+    """Where and how a run computes."""
+    return place(run.device, run.dtype, run.mode)
+
+
+def variant_of(run: Run, placement: Placement, batch: int) -> cache.Variant:
+    return cache.Variant(placement.device, placement.dtype, batch, run.steps, placement.mode)
+
+
+def settled(planned: Plan) -> cache.Variant:
+    """How a plan is computed on this machine: in what batches it was begun, else in batches that pay."""
+    run, placement = planned.run, placed(planned.run)
+    like = variant_of(run, placement, run.batch)
+    begun = (cache.begun(task.key, like) for task in planned.tasks)
+    batch = run.batch or next(filter(None, begun), 0) or automatic_batch(planned.model, placement)
+    return replace(like, batch=batch)
+
+
 def compute(plan: Plan, tick: Tick | None = None) -> dict[str, pd.DataFrame]:
     """Compute every task of a plan in one pass over the pictures, sharing model calls between attacks."""
-    run = plan.run
-    placement = place(run.device, run.dtype)
+    placement = placed(plan.run)
     denoiser = loaded(plan.model, placement)
-    plan = replace(plan, images=captioned(plan, placement, tick))
-    batch = run.batch or automatic_batch(denoiser, placement)
-    size = -(-SHARD // batch) * batch
-    rows = [plan.images.table.index[start : start + size] for start in range(0, len(plan.images), size)]
-    variant = cache.Variant(placement.device, placement.dtype, batch, run.steps)
-    entries = {task: cache.Entry(task.key, variant, len(rows)) for task in plan.tasks}
+    shards = Shards(replace(plan, images=captioned(plan, placement, tick)), settled(plan))
     parts: dict[Task, list[pd.DataFrame]] = {task: [] for task in plan.tasks}
-    done = 0
-    with fitting(placement, batch):
-        for shard, places in enumerate(rows):
-            images = replace(plan.images, table=plan.images.table.loc[places])
-            for signals in shard_of(denoiser, images, entries, shard, batch, run):
+    done, waited = 0, 0.0
+    with fitting(placement, shards.variant.batch):
+        for shard in range(len(shards)):
+            for signals, seconds in shard_of(denoiser, shards, shard, shards.images(shard)):
                 for task, came_in in signals.items():
                     parts[task].append(came_in)
-                done += len(next(iter(signals.values())))
+                done, waited = done + len(next(iter(signals.values()))), waited + seconds
                 if tick:
-                    tick(Progress(done, len(plan.images), {task.attack.name: rows for task, rows in signals.items()}))
-    for task, entry in entries.items():
-        entry.finish(task.content)
+                    named = {task.attack.name: rows for task, rows in signals.items()}
+                    tick(Progress(done, len(plan.images), named, waited=waited))
+    shards.finish()
     return {task.attack.name: pd.concat(frames, ignore_index=True) for task, frames in parts.items()}
 
 
@@ -176,12 +262,12 @@ def unkept(planned: Plan, tick: Tick | None = None, batch: int = UNKEPT_BATCH) -
         InputError: see `oms_core.families.load`; or the device ran out of memory.
     """
     run, images = planned.run, planned.images
-    placement = place(run.device, run.dtype)
+    placement = placed(run)
     denoiser = loaded(planned.model, placement)
     images, done = with_unkept_captions(planned, placement), 0
     parts: dict[str, list[pd.DataFrame]] = {task.attack.name: [] for task in planned.tasks}
     with fitting(placement, batch):
-        for came_in in batches(denoiser, images, [*planned.tasks], batch, run):
+        for came_in, _ in batches(denoiser, images, [*planned.tasks], batch, run):
             for task, rows in came_in.items():
                 parts[task.attack.name].append(rows)
             done += len(rows)
@@ -213,51 +299,58 @@ def captioned(plan: Plan, placement: Placement, tick: Tick | None = None) -> Ima
 
 
 def shard_of(
-    denoiser: Denoiser, images: ImageSet, entries: dict[Task, cache.Entry], shard: int, batch: int, run: Run
-) -> Iterator[dict[Task, pd.DataFrame]]:
-    """The distances of a shard, every task in each piece: as a whole if finished, else batch by batch, then kept."""
-    kept = {task: rows for task, entry in entries.items() if (rows := entry.read(shard)) is not None}
-    todo = [task for task in entries if task not in kept]
+    denoiser: Denoiser, shards: Shards, shard: int, images: ImageSet
+) -> Iterator[tuple[dict[Task, pd.DataFrame], float]]:
+    """The distances of a shard, every task in each piece: as a whole if finished, else batch by batch, then kept.
+
+    Beside each piece the seconds that the model waited for its pictures, which are `images`.
+    """
+    kept, run, batch = shards.kept(shard), shards.plan.run, shards.variant.batch
+    todo = [task for task in shards.entries if task not in kept]
     if not todo:
-        yield kept
+        yield kept, 0.0
         return
     fresh: dict[Task, list[pd.DataFrame]] = {task: [] for task in todo}
     start = 0
-    for signals in batches(denoiser, images, todo, batch, run):
+    for signals, waited in batches(denoiser, images, todo, batch, run):
         for task, rows in signals.items():
             fresh[task].append(rows)
-        yield signals | {task: rows.iloc[start : start + batch] for task, rows in kept.items()}
+        yield signals | {task: rows.iloc[start : start + batch] for task, rows in kept.items()}, waited
         start += batch
     for task, frames in fresh.items():
-        entries[task].write(shard, pd.concat(frames, ignore_index=True))
+        shards.entries[task].write(shard, pd.concat(frames, ignore_index=True))
 
 
-def automatic_batch(denoiser: Denoiser, placement: Placement) -> int:
-    """The batch size for this model on this device."""
+@lru_cache
+def automatic_batch(model: Model, placement: Placement) -> int:
+    """The batch size that pays for this model on this device; tried once."""
+    denoiser = loaded(model, placement)
+    return batch_size(placement, lambda count: forward_pass(denoiser, count))
+
+
+def forward_pass(denoiser: Denoiser, count: int) -> None:
+    """Ask a model once about a batch of empty pictures, and wait for the answer."""
     import torch
 
-    height, width = denoiser.profile.size
-
-    @torch.inference_mode()
-    def forward(count: int) -> None:
-        pixels = np.zeros((count, height, width, denoiser.profile.channels), np.uint8)
-        denoiser.eps(denoiser.encode(pixels), 0, denoiser.condition([""] * count))
-
-    return batch_size(placement, forward)
+    pixels = np.zeros((count, *denoiser.profile.size, denoiser.profile.channels), np.uint8)
+    with torch.inference_mode():
+        denoiser.eps(denoiser.encode(pixels), 0, denoiser.condition([""] * count)).sum().item()
 
 
 def batches(
     denoiser: Denoiser, images: ImageSet, tasks: list[Task], batch: int, run: Run
-) -> Iterator[dict[Task, pd.DataFrame]]:
-    """The distances of each batch, the next one being decoded while the model works."""
+) -> Iterator[tuple[dict[Task, pd.DataFrame], float]]:
+    """The distances of each batch and the seconds waited for its pictures; the next ones are decoded meanwhile."""
     groups = [images.table.index[start : start + batch] for start in range(0, len(images), batch)]
     with ThreadPoolExecutor(1) as reader:
         pending = reader.submit(read_batch, images, groups[0], denoiser, batch)
         for following in [*groups[1:], None]:
+            started = time.perf_counter()
             group, pixels = pending.result()
+            waited = time.perf_counter() - started
             if following is not None:
                 pending = reader.submit(read_batch, images, following, denoiser, batch)
-            yield signals_of(denoiser, group, pixels, tasks, run)
+            yield signals_of(denoiser, group, pixels, tasks, run), waited
 
 
 def read_batch(images: ImageSet, places: pd.Index, denoiser: Denoiser, batch: int) -> tuple[ImageSet, np.ndarray]:
@@ -333,11 +426,11 @@ def pictures_of(found: Trace, denoiser: Denoiser, x_0: Tensor) -> np.ndarray:
 def compute_trace(planned: Plan, image: str) -> Trace:
     """Ask the model for the iterates of one picture, and keep them."""
     run = planned.run
-    placement = place(run.device, run.dtype)
+    placement = placed(run)
     group = replace(planned.images, table=planned.images.table[planned.images.table.image == image])
     found = traced(replace(planned, images=captioned(replace(planned, images=group), placement)))
     content = trace_content(planned, image)
-    entry = cache.Entry(cache.key_of(content), cache.Variant(placement.device, placement.dtype, 1, run.steps), 1)
+    entry = cache.Entry(cache.key_of(content), variant_of(run, placement, 1), 1)
     entry.write(0, found.rows())
     entry.finish(content)
     return found
@@ -345,7 +438,7 @@ def compute_trace(planned: Plan, image: str) -> Trace:
 
 def unkept_trace(planned: Plan) -> Trace:
     """Ask the model for the iterates of a plan's only picture, a visitor's own, and keep nothing."""
-    placement = place(planned.run.device, planned.run.dtype)
+    placement = placed(planned.run)
     return traced(replace(planned, images=with_unkept_captions(planned, placement)))
 
 
@@ -354,7 +447,7 @@ def traced(planned: Plan) -> Trace:
     import torch
 
     run, task, group = planned.run, planned.tasks[0], planned.images
-    denoiser = loaded(planned.model, place(run.device, run.dtype))
+    denoiser = loaded(planned.model, placed(run))
     with torch.inference_mode():
         probe = probe_of(denoiser, group, group.pixels(denoiser.profile), run)
         given, f = task.attack.search(probe, task.t)

@@ -24,8 +24,9 @@ ALL = (
     *(NA_REPEATED, PIA_REPEATED, PIAN_REPEATED, SECMI_REPEATED),
 )
 ATTACKS = {attack.name: attack for attack in ALL}
+MEASURED = {one.name: one for attack in ALL for one in ([attack.base] if isinstance(attack, Learned) else [attack])}
 SEARCHES = {name: attack for name, attack in ATTACKS.items() if isinstance(attack, Search)}
 COMPARED = ("NA", "PIA", "PIAN", "SecMI", "SecMI-xt")  # what `all` means
 RIVALS = {name: f"{name}-repeated" for name in ("NA", "PIA", "PIAN", "SecMI")}  # the same budget without OMS
 
-__all__ = ["ATTACKS", "COMPARED", "RIVALS", "SEARCHES", "Attack", "Learned", "Probe", "Search"]
+__all__ = ["ATTACKS", "COMPARED", "MEASURED", "RIVALS", "SEARCHES", "Attack", "Learned", "Probe", "Search"]
