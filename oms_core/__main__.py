@@ -21,6 +21,8 @@ from oms_core.people import beside_the_paper, plain, readable
 from oms_core.run import Run, plan, scores
 from oms_core.training.recipes import RECIPES
 
+BENCH_PARTS = """network, engine, gradients, app, memory (by default these), and growth, cluster, scheduler, which take
+many minutes"""
 EPILOG = """examples:
   python -m oms_core evaluate --model ddpm-digits                      every attack, with and without OMS
   python -m oms_core evaluate --model ddpm-digits@700 --attack NA --t 200
@@ -127,9 +129,12 @@ def add_tools(commands: Any) -> None:
     assembling.add_argument("--source", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
     assembling.add_argument("--to", type=Path, help="folder for the sets; by default assets/images")
 
-    benching = add(commands, "bench", bench_command, "measure speed and model calls against bare forward passes")
+    benching = add(commands, "bench", bench_command, "measure speed, model calls and memory against bare forwards")
+    benching.add_argument("parts", nargs="*", metavar="PART", help=BENCH_PARTS)
     benching.add_argument("--model", default=Run.model, help="the model to measure with")
+    benching.add_argument("--pictures", type=int, default=512, help="how many are scored (default: 512)")
     benching.add_argument("--json", action="store_true", help="print JSON")
+    benching.add_argument("--out", type=Path, help="draw the targets into an .html, .png or .svg file")
 
 
 def add(
@@ -375,9 +380,13 @@ def assemble_command(options: argparse.Namespace) -> None:
 
 
 def bench_command(options: argparse.Namespace) -> None:
-    from oms_core.bench import bench
+    from oms_core import bench
 
-    rows = bench(options.model)
+    rows = bench.bench(options.model, options.pictures, options.parts or bench.QUICK)
+    if options.out:
+        from oms_core.export import write_figure
+
+        write_figure(bench.chart(rows), f"Measured on {options.model}", options.out)
     if options.json:
         print_json(rows)
     else:

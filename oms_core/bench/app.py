@@ -1,0 +1,49 @@
+"""What a person waits for: a known result, and a page that is drawn again."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import subprocess
+import sys
+from functools import partial
+
+from oms_core.attacks import COMPARED
+from oms_core.bench.base import STEPS, Row, Subject, row, timed
+from oms_core.files import ASSETS
+from oms_core.run import Run, lookup, plan
+
+TURNS = 5
+ALLOWED = {"lookup": 0.1, "evaluate": 3.0, "rerun": 0.6}  # seconds
+
+
+def app_rows(subject: Subject) -> list[Row]:
+    """Reading what is kept, a whole process that does, and a page."""
+    evaluate = warm_evaluate(subject)  # first: whatever is missing is computed here
+    planned = plan(Run(subject.name, attacks=COMPARED, steps=STEPS))
+    read = statistics.median(timed(lambda: lookup(planned)) for _ in range(TURNS))
+    what = f"{len(planned.images)} pictures, {len(planned.tasks)} attacks"
+    return [
+        row(f"distances from the cache, {what}", read, "s", most=ALLOWED["lookup"]),
+        row("evaluate from a warm cache, whole process", evaluate, "s", most=ALLOWED["evaluate"]),
+        row("the page Convergence, run again", rerun(subject), "s", most=ALLOWED["rerun"]),
+    ]
+
+
+def warm_evaluate(subject: Subject) -> float:
+    """Seconds of a whole `evaluate` process whose distances are known."""
+    command = [sys.executable, "-m", "oms_core", "evaluate", "--model", subject.name, "--json"]
+    process = partial(subprocess.run, command, check=True, stdout=subprocess.DEVNULL)
+    process()
+    return statistics.median(timed(process) for _ in range(TURNS))
+
+
+def rerun(subject: Subject) -> float:
+    """Seconds in which the server answers a visitor's choice."""
+    from streamlit.testing.v1 import AppTest
+
+    logging.getLogger("streamlit").setLevel(logging.ERROR)  # it misses a browser
+    page = AppTest.from_file(str(ASSETS.parent / "app.py"), default_timeout=60)
+    page.query_params["model"] = subject.name
+    page.switch_page("pages/2_Convergence.py").run()
+    return statistics.median(timed(page.run) for _ in range(TURNS))

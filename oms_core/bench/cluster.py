@@ -1,0 +1,115 @@
+"""A cluster on this machine beside the local engine, and its scheduler with work that is none."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from oms_core.bench.base import STEPS, Row, Subject, empty_cache, row, timed
+from oms_core.compute import Shards, compute
+from oms_core.distributed import Cluster, Scorer, errand_of, scatter, settled_there, started
+from oms_core.images import open_images
+from oms_core.run import Plan, Run, plan
+
+PICTURES = 20_000
+ATTACKS = ("NA", "PIA", "PIAN")
+NO_WORK = 100_000  # shards
+ALLOWED = {"workers": 1.8, "overhead": 1.10}
+
+
+def cluster_rows(subject: Subject) -> list[Row]:
+    """One and two workers of one thread each, and this process with one thread, on the same pictures."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "many.parquet"
+        many_pictures(subject.model.images, PICTURES, path)
+        planned = plan(
+            Run(
+                subject.name,
+                str(path),
+                attacks=ATTACKS,
+                steps=STEPS,
+                batch=subject.batch,
+                device=subject.placement.device,
+            )
+        )
+        local = local_seconds(planned)
+        one, two = (on_cluster(planned, workers) for workers in (1, 2))
+    what = f"{PICTURES:,} pictures, {' + '.join(ATTACKS)}, {subject.name}"
+    return [
+        row(f"two workers / one worker, steady state, {what}", one["steady"] / two["steady"], least=ALLOWED["workers"]),
+        row(f"one worker / local engine, steady state, {what}", one["steady"] / local, most=ALLOWED["overhead"]),
+        row("one worker / local engine, with start-up", one["whole"] / local),
+        row("two workers / local engine with one thread, with start-up", two["whole"] / local),
+        row("start-up of a cluster with one worker", one["whole"] - one["steady"], "s"),
+        row("share of the time in which a worker waits between shards", one["idle"]),
+        row("local engine with one thread", local, "s"),
+    ]
+
+
+def many_pictures(name: str, count: int, path: Path) -> None:
+    """A parquet file with the pictures of a set again and again, each with a number of its own in its file."""
+    images = open_images(name).with_role("member", "nonmember")
+    rows, files = [images.table.index[number % len(images)] for number in range(count)], []
+    for number, place in enumerate(rows):
+        note, buffer = PngInfo(), io.BytesIO()
+        note.add_text("number", str(number))
+        Image.open(io.BytesIO(images.read(place))).save(buffer, "PNG", pnginfo=note)
+        files.append(buffer.getvalue())
+    pd.DataFrame({"image": files, "role": images.table.role.loc[rows].to_numpy()}).to_parquet(path)
+
+
+def local_seconds(planned: Plan) -> float:
+    """Seconds of scoring in this process with one thread; the model is loaded."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with empty_cache():
+            return timed(lambda: compute(planned))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def on_cluster(planned: Plan, workers: int) -> dict[str, float]:
+    """Seconds with and without the start of processes and the loading of models, and the share between shards."""
+    began = time.time()
+    with empty_cache(), started(Cluster(workers)) as room:
+        shards = Shards(planned, settled_there(planned, room))
+        errand = replace(errand_of(planned, room.threads), variant=shards.variant)
+        receipts = pd.DataFrame(scatter(shards.missing(), Scorer, errand, room))
+        assert not shards.missing()
+    steady = receipts.ended.max() - receipts.began.min()
+    busy = (receipts.ended - receipts.began).sum() / workers
+    return {"whole": time.time() - began, "steady": steady, "idle": 1 - busy / steady}
+
+
+class Idler:
+    """A worker without work."""
+
+    def __init__(self, errand: Any) -> None:
+        pass
+
+    def __call__(self, rows: dict[str, Any]) -> dict[str, np.ndarray]:
+        return {"shard": rows["shard"], "ended": np.array([time.time()])}
+
+
+def scheduler_rows(subject: Subject) -> list[Row]:
+    """What it takes to hand out a hundred thousand shards."""
+    with started(Cluster(2)) as room:
+        began = time.time()
+        ended = sorted(receipt["ended"] for receipt in scatter([*range(NO_WORK)], Idler, None, room))
+    steady = ended[-1] - ended[0]
+    return [
+        row(f"{NO_WORK:,} shards without work, handed out and receipted", len(ended), "shards", least=NO_WORK),
+        row("time per shard without work", 1000 * steady / NO_WORK, "ms"),
+        row("start until the first of them", ended[0] - began, "s"),
+    ]

@@ -1,0 +1,93 @@
+"""Scoring beside as many bare forward passes, and beside the published attacks computed one by one."""
+
+from __future__ import annotations
+
+from oms_core.attacks import ATTACKS, COMPARED, RIVALS, Probe
+from oms_core.bench.base import STEPS, Row, Subject, bare_forward, empty_cache, row, timed
+from oms_core.compute import Progress, compute, probe_of
+
+ALLOWED = {"overhead": 1.03, "published": 0.27, "idle": 0.01}
+GRID = 30  # timesteps at which NA, PIA and PIAN are asked where they are published with a search over timesteps
+PUBLISHED = {"SecMI": 12, "PIA": 31, "PIAN": 31, "NA": 30}  # model calls per picture
+
+
+def engine_rows(subject: Subject) -> list[Row]:
+    """One pass of all attacks over the pictures. After each batch as many bare forward passes and then the published
+    attacks are computed on as large a batch, so that all three meet the same machine.
+    """
+    planned, batch, denoiser = subject.plan(), subject.batch, subject.denoiser
+    forward, one = bare_forward(denoiser, batch), probe_on(subject)
+    calls = calls_of(subject, COMPARED)
+    forward()
+    bare = published = waited = 0.0
+
+    def tick(progress: Progress) -> None:
+        nonlocal bare, published, waited
+        bare += timed(lambda: [forward() for _ in range(calls)])
+        published += timed(lambda: compute_published(one))
+        waited = progress.waited
+
+    with empty_cache():
+        engine = timed(lambda: compute(planned, tick)) - bare - published
+    compared, everything = calls_of(subject, COMPARED), calls_of(subject, (*COMPARED, *RIVALS.values()))
+    alone = sum(ATTACKS[name].calls_at(timestep(subject, name), STEPS) for name in (*COMPARED, *RIVALS.values()))
+    what = f"{len(planned.images)} pictures, {subject.name}"
+    return [
+        row(f"scoring / bare forwards, {what}", engine / bare, most=ALLOWED["overhead"]),
+        row(f"scoring / published attacks one by one, {what}", engine / published, most=ALLOWED["published"]),
+        row(f"share of the time in which the model waits for pictures, {what}", waited / engine, most=ALLOWED["idle"]),
+        row("model calls per picture, NA + PIA + PIAN + SecMI both ways", compared, "calls", most=distinct(subject)),
+        row("the same with their repetitions", everything, "calls"),
+        row("the same if each were computed alone", alone, "calls"),
+        row(f"scoring, {what}", 1000 * engine / len(planned.images), "ms per picture"),
+        row("batch that was found to pay", batch, "pictures"),
+    ]
+
+
+def timestep(subject: Subject, name: str) -> int:
+    return next(task.t for task in subject.plan((name,)).tasks)
+
+
+def distinct(subject: Subject) -> int:
+    """Different questions that the compared attacks have to ask, counted by hand: each start once, a call per step, one
+    walk for both readings of SecMI."""
+    t = timestep(subject, "SecMI")
+    walk = ATTACKS["SecMI"].calls(t)
+    return STEPS + 1 + 2 * STEPS + walk + 2 * (STEPS - 1) - shared_start(t)
+
+
+def shared_start(t: int) -> int:
+    """SecMI's walk begins with the question that PIA and PIAN start with."""
+    return 1 if t else 0
+
+
+def probe_on(subject: Subject) -> Probe:
+    """A full batch before the model."""
+    images = subject.plan().images.limit(subject.batch)
+    pixels = images.pixels(subject.denoiser.profile)
+    return probe_of(subject.denoiser, images, pixels, subject.plan().run)
+
+
+def calls_of(subject: Subject, attacks: tuple[str, ...]) -> int:
+    """How often the model is asked about a batch in one pass over attacks."""
+    one, planned = probe_on(subject), subject.plan(attacks)
+    for task in planned.tasks:
+        task.attack.measure(one, task.t, STEPS)
+    return one.calls
+
+
+def compute_published(one: Probe) -> None:
+    """Each published attack alone, at its published number of calls; SecMI at its timestep, the others on a grid."""
+    last = one.denoiser.timesteps - 1
+    grid = [1 + k * (last - 1) // GRID for k in range(GRID)]
+    for name, calls in PUBLISHED.items():
+        alone, attack = fresh(one), ATTACKS[name]
+        for t in [attack.t] if name == "SecMI" else grid:
+            for distances in attack.measure(alone, t, 1).values():
+                distances.cpu()  # waits for the device
+        assert alone.calls == calls, (name, alone.calls)
+
+
+def fresh(one: Probe) -> Probe:
+    """The same batch, about which nothing was asked yet."""
+    return Probe(one.denoiser, one.x_0, one.condition, one.draw, one.scheme)
