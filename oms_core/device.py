@@ -15,8 +15,8 @@ DEVICES = ("cpu", "cuda", "mps")
 DTYPES = ("float32", "float16", "bfloat16")
 MODES = ("eager", "channels_last", "compiled")
 FIRST_BATCH, LARGEST_BATCH = 16, 1024
-PAYS = 0.95  # a batch twice as large must take no more than this share of the time for each picture
-LONG = 1.0  # seconds; a batch that takes so long is large enough
+SLOWER = 1.02  # a batch twice as large may take so much longer for each picture, as there are fewer batches
+LONG = 0.25  # seconds; a batch that takes so long is large enough
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def place(device: str = "", dtype: str = "", mode: str = "") -> Placement:
 
 
 def batch_size(placement: Placement, forward: Callable[[int], None]) -> int:
-    """How many pictures to compute at once: tried before a run, and doubled as long as that pays.
+    """How many pictures to compute at once: tried before a run, and doubled as long as that costs nothing.
 
     Args:
         placement: where.
@@ -74,9 +74,9 @@ def batch_size(placement: Placement, forward: Callable[[int], None]) -> int:
         if seconds is None:
             size //= 2
             continue
-        if seconds / size > PAYS * least:
+        if seconds / size > SLOWER * least:
             return best
-        best, least = size, seconds / size
+        best, least = size, min(least, seconds / size)
         if seconds > LONG:
             return best
         size *= 2

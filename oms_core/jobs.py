@@ -19,7 +19,7 @@ from typing import Any
 
 import pandas as pd
 
-from oms_core.compute import Progress, Tick
+from oms_core.compute import Columns, Progress, Tick, table_of
 from oms_core.device import out_of_memory
 from oms_core.errors import InputError
 
@@ -50,7 +50,7 @@ class Job:
         self.work: Callable[[Tick], Any] | None = work
         self.state, self.error = "queued", ""
         self.done, self.total, self.stage = 0, 0, ""
-        self.signals: dict[str, list[pd.DataFrame]] = {}
+        self.signals: dict[str, list[Columns]] = {}
         self.started = self.ended = time.monotonic()
         self.cancelled = False
         self.seen: dict[str, float] = {}  # when each viewer last looked
@@ -101,7 +101,7 @@ class Job:
     def so_far(self, attack: str) -> pd.DataFrame | None:
         """The distances of an attack that have come in."""
         parts = list(self.signals.get(attack, []))
-        return pd.concat(parts, ignore_index=True) if parts else None
+        return table_of(parts) if parts else None
 
 
 class Service:
