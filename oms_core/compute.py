@@ -10,7 +10,7 @@ import gc
 import hashlib
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
@@ -151,7 +151,7 @@ def prepare(denoiser: Denoiser, mode: str) -> None:
     """
     import torch
 
-    if denoiser.network is None or mode == MODES[0]:
+    if mode == MODES[0] or denoiser.network is None:
         return
     if mode == "channels_last":
         denoiser.network.to(memory_format=torch.channels_last)
@@ -245,9 +245,9 @@ def compute(plan: Plan, tick: Tick | None = None) -> dict[str, pd.DataFrame]:
     shards = Shards(replace(plan, images=captioned(plan, placement, tick)), settled(plan))
     parts: dict[Task, list[Columns]] = {task: [] for task in plan.tasks}
     done, waited = 0, 0.0
-    with fitting(placement, shards.variant.batch):
+    with fitting(placement, shards.variant.batch), ThreadPoolExecutor(1) as writer:
         for shard in range(len(shards)):
-            for signals, seconds in shard_of(denoiser, shards, shard, shards.images(shard)):
+            for signals, seconds in shard_of(denoiser, shards, shard, shards.images(shard), writer):
                 for task, came_in in signals.items():
                     parts[task].append(came_in)
                 done, waited = done + len(next(iter(signals.values()))["image"]), waited + seconds
@@ -307,11 +307,12 @@ def captioned(plan: Plan, placement: Placement, tick: Tick | None = None) -> Ima
 
 
 def shard_of(
-    denoiser: Denoiser, shards: Shards, shard: int, images: ImageSet
+    denoiser: Denoiser, shards: Shards, shard: int, images: ImageSet, writer: Executor
 ) -> Iterator[tuple[dict[Task, Columns], float]]:
     """The distances of a shard, every task in each piece: as a whole if finished, else batch by batch, then kept.
 
-    Beside each piece the seconds that the model waited for its pictures, which are `images`.
+    Beside each piece the seconds that the model waited for its pictures, which are `images`. What is finished is kept
+    by the writer while the model goes on.
     """
     kept, run, batch = shards.kept(shard), shards.plan.run, shards.variant.batch
     todo = [task for task in shards.entries if task not in kept]
@@ -326,7 +327,7 @@ def shard_of(
         yield signals | {task: columns_of(rows[start : start + batch]) for task, rows in kept.items()}, waited
         start += batch
     for task, came_in in fresh.items():
-        shards.entries[task].write(shard, table_of(came_in))
+        writer.submit(shards.entries[task].write, shard, table_of(came_in))
 
 
 def columns_of(rows: pd.DataFrame) -> Columns:
@@ -382,7 +383,8 @@ def signals_of(
     differentiated = any(task.attack.gradients for task in tasks)
     with torch.no_grad() if differentiated else torch.inference_mode():
         probe = probe_of(denoiser, group, pixels, run)
-        return {task: signal(task.attack.measure(probe, task.t, run.steps), group) for task in tasks}
+        names = group.table.image.to_numpy(object)
+        return {task: signal(task.attack.measure(probe, task.t, run.steps), names) for task in tasks}
 
 
 def probe_of(denoiser: Denoiser, group: ImageSet, pixels: np.ndarray, run: Run) -> Probe:
@@ -405,17 +407,17 @@ def noise_like(x_0: Tensor, images: list[str], seed: int, k: int = 0) -> Tensor:
     return noise.to(x_0)
 
 
-def signal(columns: dict[str, Tensor], group: ImageSet) -> Columns:
-    """What was measured on a batch, an entry per picture; many numbers in one column are kept as bytes."""
+def signal(columns: dict[str, Tensor], names: np.ndarray) -> Columns:
+    """What was measured on a batch, an entry per named picture; many numbers in one column are kept as bytes."""
     import torch
 
-    found: Columns = {"image": group.table.image.to_numpy(object)}
+    found: Columns = {"image": names}
     single = {name: values.float() for name, values in columns.items() if values.ndim == 1}
     if single:  # fetched from the device at once, and kept in one piece
-        found |= zip(single, torch.stack([*single.values()])[:, : len(group)].cpu().numpy(), strict=True)
+        found |= zip(single, torch.stack([*single.values()])[:, : len(names)].cpu().numpy(), strict=True)
     for name in columns.keys() - single.keys():
-        found[name] = np.empty(len(group), object)
-        found[name][:] = [numbers.tobytes() for numbers in columns[name][: len(group)].float().cpu().numpy()]
+        found[name] = np.empty(len(names), object)
+        found[name][:] = [numbers.tobytes() for numbers in columns[name][: len(names)].float().cpu().numpy()]
     return {name: found[name] for name in ("image", *columns)}
 
 

@@ -13,6 +13,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -138,9 +139,9 @@ class Scorer:
         try:
             placement, denoiser = placed(self.errand.run), self.denoiser
             began = time.time()
-            with fitting(placement, self.errand.variant.batch):
+            with fitting(placement, self.errand.variant.batch), ThreadPoolExecutor(1) as writer:
                 images = captioned(replace(self.shards.plan, images=self.shards.images(shard)), placement)
-                for _ in shard_of(denoiser, self.shards, shard, images):
+                for _ in shard_of(denoiser, self.shards, shard, images, writer):
                     pass
         except InputError as problem:
             error = str(problem)

@@ -58,9 +58,17 @@ class Trajectory:
 
     def distance(self, i: int, j: int, p: float) -> Tensor:
         """d(i, j) = ||eps^i - eps^j||_p for each picture (Eq. 9), (B,) float32."""
-        import torch
+        return norm(self.difference(i, j), p)
 
-        difference = (self.eps[i].float() - self.eps[j].float()).flatten(1)
-        if p == 4:  # far faster than a general power
-            return difference.square().square().sum(dim=1).sqrt().sqrt()
-        return torch.linalg.vector_norm(difference, p, dim=1)
+    def difference(self, i: int, j: int) -> Tensor:
+        """eps^i - eps^j, (B, C H W) float32."""
+        return (self.eps[i].float() - self.eps[j].float()).flatten(1)
+
+
+def norm(difference: Tensor, p: float) -> Tensor:
+    """The p-norm of each row of (B, D), (B,)."""
+    import torch
+
+    if p == 4:  # far faster than a general power
+        return difference.square().square().sum(dim=1).sqrt().sqrt()
+    return torch.linalg.vector_norm(difference, p, dim=1)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from oms_core import ddim
-from oms_core.search import Map, diffuse, fixed_point, picard
+from oms_core.search import Map, diffuse, fixed_point, norm, picard
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -179,7 +179,8 @@ class Search(Attack):
         """One pass to n = N gives every distance."""
         given, f = self.search(probe, t)
         trajectory = fixed_point(f, given, steps, probe.scheme)
-        return {column(i, j, p): trajectory.distance(i, j, p) for p in NORMS for i, j in pairs(steps)}
+        differences = {(i, j): trajectory.difference(i, j) for i, j in pairs(steps)}
+        return {column(i, j, p): norm(apart, p) for p in NORMS for (i, j), apart in differences.items()}
 
     def score(self, rows: pd.DataFrame, n: int) -> np.ndarray:
         """-d(0, n) (Eq. 9)."""
