@@ -46,7 +46,7 @@ $(VENV)/.installed: requirements.txt
 	$(PIP) install --quiet -r requirements.txt
 	touch $@
 
-$(VENV)/.installed-test: requirements-test.txt $(VENV)/.installed
+$(VENV)/.installed-test: requirements-test.txt requirements-ray.txt $(VENV)/.installed
 	$(PIP) install --quiet -r requirements-test.txt
 	touch $@
 

@@ -234,7 +234,7 @@ def encoding(table: pa.Table) -> dict[str, Any]:
 
 
 def read_part(path: Path, key: str, shard: int) -> pd.DataFrame | None:
-    if not path.exists():
+    if not os.path.exists(path):
         return None
     try:
         if not path.is_file():
@@ -248,7 +248,10 @@ def read_part(path: Path, key: str, shard: int) -> pd.DataFrame | None:
             raise ValueError("its rows are not what was written")
         return rows
     except Exception as error:  # damage in a footer shows in many ways, KeyError and TypeError among them
-        set_aside(path, error)
+        if isinstance(error, MemoryError) or getattr(error, "errno", None):  # it cannot be read now, and may be whole
+            log.warning("%s cannot be read (%s).", path, error)
+        else:
+            set_aside(path, error)
         return None
 
 

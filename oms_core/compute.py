@@ -10,7 +10,7 @@ import gc
 import hashlib
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ import pandas as pd
 from oms_core import cache, captions
 from oms_core.attacks import Learned, Probe
 from oms_core.catalog import Model
-from oms_core.device import MODES, Placement, batch_size, fitting, place
+from oms_core.device import DTYPES, MODES, Placement, batch_size, fitting, place
 from oms_core.errors import InputError
 from oms_core.images import ImageSet
 from oms_core.learned import learn
@@ -121,12 +121,13 @@ def judged(
     if one.attack.auxiliary:
         others = replace(planned, images=planned.auxiliary)
         auxiliary = measured(replace(others, tasks=(task_of(base, others),)), tick, engine)[base.name]
-    placement = placed(run)
+    placement = placed(run) if engine is None else Placement("cpu", DTYPES[0])  # a driver needs no device
     denoiser = loaded(planned.model, placement)
     if tick:
         tick(Progress(0, len(planned.images), {}, "fit"))
     rows = learn(one, planned, signals[base.name], auxiliary, denoiser.coefficients)
-    entry = cache.Entry(one.key, variant_of(run, placement, run.batch), 1)
+    named = Placement(run.device or placement.device, run.dtype or DTYPES[0], run.mode or MODES[0])
+    entry = cache.Entry(one.key, variant_of(run, named, run.batch), 1)
     entry.write(0, rows)
     entry.finish(one.content)
     return rows
@@ -327,7 +328,8 @@ def shard_of(
         yield signals | {task: columns_of(rows[start : start + batch]) for task, rows in kept.items()}, waited
         start += batch
     for task, came_in in fresh.items():
-        writer.submit(shards.entries[task].write, shard, table_of(came_in))
+        written = writer.submit(shards.entries[task].write, shard, table_of(came_in))
+        written.add_done_callback(Future.result)  # what `write` does not expect is logged
 
 
 def columns_of(rows: pd.DataFrame) -> Columns:

@@ -24,17 +24,18 @@ import pandas as pd
 
 from oms_core import cache
 from oms_core.attacks import MEASURED
-from oms_core.compute import Progress, Shards, Tick, captioned, loaded, placed, settled, shard_of
-from oms_core.device import fitting
+from oms_core.compute import Progress, Shards, Tick, captioned, loaded, settled, shard_of, variant_of
+from oms_core.device import DTYPES, MODES, Placement, fitting, place
 from oms_core.errors import InputError
 from oms_core.run import Plan, Run, plan, task_of
 
 if TYPE_CHECKING:
     from oms_core.denoiser import Denoiser
 
-RETRIES, RESTARTS = 2, 20  # of a shard, and of an actor; without limits a shard that kills its worker is tried for ever
+RETRIES = 2  # of a shard; without a limit one that kills its worker is tried for ever
 MOST_BLOCKS = 20_000  # what Ray schedules; of more shards several go together
-IN_FLIGHT = 2  # shards that wait at each actor
+IN_FLIGHT = 1  # shards that an actor has; another would be lost with the one that kills it
+UNWRITTEN = "its results cannot be written into the cache; make room, or name another folder in OMS_CACHE."
 MARK = "oms-explorer"  # a file in the folder of a Ray cluster that was started here
 
 
@@ -122,8 +123,14 @@ class Scorer:
         return Shards(self.errand.accept(), self.errand.variant)
 
     @cached_property
+    def placement(self) -> Placement:
+        """As it was settled: a worker with another device than the others refuses."""
+        how = self.errand.variant
+        return place(how.device, how.dtype, how.mode)
+
+    @cached_property
     def denoiser(self) -> Denoiser:
-        return loaded(self.shards.plan.model, placed(self.errand.run))
+        return loaded(self.shards.plan.model, self.placement)
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, list]:
         """Compute and keep a shard, unless it is finished.
@@ -132,20 +139,30 @@ class Scorer:
             rows: `shard`, one number.
 
         Returns:
-            `shard`, `error` (one sentence, or nothing), and when it `began` and `ended`, in seconds since 1970; it
-            begins when the model is loaded.
+            `shard`, `error` (one sentence, or nothing), `worker` (its process), and when it `began` and `ended`, in
+            seconds since 1970; it begins when the model is loaded.
         """
-        shard, began, error = int(rows["shard"][0]), time.time(), ""
+        shard, began = int(rows["shard"][0]), time.time()
         try:
-            placement, denoiser = placed(self.errand.run), self.denoiser
+            denoiser = self.denoiser
             began = time.time()
-            with fitting(placement, self.errand.variant.batch), ThreadPoolExecutor(1) as writer:
-                images = captioned(replace(self.shards.plan, images=self.shards.images(shard)), placement)
-                for _ in shard_of(denoiser, self.shards, shard, images, writer):
-                    pass
-        except InputError as problem:
-            error = str(problem)
-        return {"shard": [shard], "error": [error], "began": [began], "ended": [time.time()]}
+            self.score(denoiser, shard)
+            error = "" if len(self.shards.kept(shard)) == len(self.shards.entries) else UNWRITTEN
+        except Exception as problem:  # a receipt says what no log of a lost machine would
+            error = sentence(problem)
+        return {"shard": [shard], "error": [error], "worker": [os.getpid()], "began": [began], "ended": [time.time()]}
+
+    def score(self, denoiser: Denoiser, shard: int) -> None:
+        """Compute and keep a shard."""
+        with fitting(self.placement, self.errand.variant.batch), ThreadPoolExecutor(1) as writer:
+            images = captioned(replace(self.shards.plan, images=self.shards.images(shard)), self.placement)
+            for _ in shard_of(denoiser, self.shards, shard, images, writer):
+                pass
+
+
+def sentence(problem: Exception) -> str:
+    """What went wrong, in a sentence."""
+    return str(problem) if isinstance(problem, InputError) else f"{type(problem).__name__}: {problem}."
 
 
 def compute_on(cluster: Cluster, planned: Plan, tick: Tick | None = None) -> dict[str, pd.DataFrame]:
@@ -185,13 +202,17 @@ def refuse_missing(shards: Shards, problems: list[str]) -> None:
 
 
 def settled_there(planned: Plan, room: Cluster) -> cache.Variant:
-    """How a plan is computed, as a worker finds it: its device may be another than the driver's.
+    """How a plan is computed, as a worker finds it, whose device may be another than the driver's; if the run says it
+    all, nobody is asked.
 
     Raises:
         InputError: see `Errand.accept` and `oms_core.compute.settled`.
     """
     import ray
 
+    run = planned.run
+    if run.device and run.batch:
+        return variant_of(run, Placement(run.device, run.dtype or DTYPES[0], run.mode or MODES[0]), run.batch)
     settle = ray.remote(num_cpus=room.threads, num_gpus=room.gpus, max_retries=RETRIES)(settle_for)
     found = ray.get(settle.remote(errand_of(planned, room.threads)))
     if isinstance(found, str):
@@ -203,8 +224,8 @@ def settle_for(errand: Errand) -> cache.Variant | str:
     """Runs on a worker; a sentence if it cannot."""
     try:
         return settled(errand.accept())
-    except InputError as problem:
-        return str(problem)
+    except Exception as problem:
+        return sentence(problem)
 
 
 def scatter(shards: list[int], worker: type, errand: Any, room: Cluster) -> Iterator[dict[str, Any]]:
@@ -236,7 +257,7 @@ def scatter(shards: list[int], worker: type, errand: Any, room: Cluster) -> Iter
             num_cpus=room.threads,
             num_gpus=room.gpus,
             max_task_retries=RETRIES,
-            max_restarts=RESTARTS,
+            max_restarts=-1,  # what ends them is limited; Ray never replaces an actor whose restarts are used up
         )
     yield from receipts.iter_rows()
 
@@ -256,7 +277,7 @@ def started(cluster: Cluster) -> Iterator[Cluster]:
     try:
         import ray
     except ImportError as error:
-        raise InputError('To score on a cluster install Ray: pip install "ray[data]==2.60.0".') from error
+        raise InputError("To score on a cluster install Ray: pip install -r requirements-ray.txt.") from error
     if ray.is_initialized():
         yield room_in(cluster, ray.cluster_resources())
         return
@@ -313,6 +334,8 @@ def sweep(folder: Path | None) -> None:
 
 
 def alive(process: int) -> bool:
+    if os.name == "nt":  # where the question would end the process
+        return True
     try:
         os.kill(process, 0)
     except ProcessLookupError:

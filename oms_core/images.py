@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import PIL
 
 from oms_core import cache, layouts, rows
 from oms_core.decode import FORMATS, Profile, decode, pixels
@@ -108,14 +109,16 @@ def open_images(name: str) -> ImageSet:
 
 def is_fresh(state: tuple[Stamp, ...]) -> bool:
     """Whether a file is so new that another change of it might not show."""
-    return max(max(one.written, one.changed) for one in state) > time.time_ns() - TICK
+    return (
+        max(one.changed for one in state) > time.time_ns() - TICK
+    )  # `written` can be set to any time, also a later one
 
 
 @lru_cache(REMEMBERED)
 def remembered(name: str, state: tuple[Stamp, ...]) -> ImageSet:
     """A set as it was opened while its files had this state, here or by another process."""
     stamped = hashlib.sha256("\n".join(map(str, state)).encode()).hexdigest()
-    return opened(name, {"survey": SURVEY, "set": name, "files": stamped})
+    return opened(name, {"decoder": [SURVEY, PIL.__version__], "set": name, "files": stamped})
 
 
 def opened(name: str, content: dict[str, Any] | None = None) -> ImageSet:
@@ -123,9 +126,12 @@ def opened(name: str, content: dict[str, Any] | None = None) -> ImageSet:
     split, at, rest = name.partition(".npz@")
     found = with_split(Path(f"{split}.npz"), located(rest), rest) if at else located(name)
     count = len(found.listed)
-    if content is None:
+    if content is None or rest in BUILT_IN:  # whose files have no stamp
         return collected(name, found, look_through(found.read, count))
     known = cache.counted(content, lambda: pd.DataFrame(look_through(found.read, count), columns=Look._fields))
+    if len(known) != count:  # a file came or went between the stamps and now
+        cache.forget(content)
+        return opened(name)
     looks = known.itertuples(index=False, name=None)
     return collected(name, found, looks, changed=lambda: cache.forget(content))
 

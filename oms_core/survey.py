@@ -5,7 +5,6 @@ import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, Future
-from threading import Lock
 from typing import NamedTuple
 
 from oms_core.decode import decode
@@ -15,8 +14,6 @@ CHUNK, CHUNK_BYTES = 64, 32 * 2**20  # sent to a process at once
 AHEAD = 8  # chunks that are sent before the first answer is waited for
 IDLE = 60  # seconds after which the processes end
 CRASHES = "it crashes the decoder; remove it"
-
-_ONE_AT_A_TIME = Lock()  # or one set's crash would be laid to another's charge
 
 
 class Look(NamedTuple):
@@ -50,14 +47,13 @@ def look_through(read: Callable[[int], bytes], count: int) -> Iterator[Look]:
         read: the bytes of a picture; it may raise `InputError`.
         count: how many there are.
     """
-    with _ONE_AT_A_TIME:
-        pending: deque[tuple[list[bytes | str], Future]] = deque()
-        for chunk in chunks(read, count):
-            pending.append((chunk, submitted(chunk)))
-            if len(pending) > AHEAD:
-                yield from looked(*pending.popleft())
-        while pending:
+    pending: deque[tuple[list[bytes | str], Future | None]] = deque()
+    for chunk in chunks(read, count):
+        pending.append((chunk, submitted(chunk)))
+        if len(pending) > AHEAD:
             yield from looked(*pending.popleft())
+    while pending:
+        yield from looked(*pending.popleft())
 
 
 def chunks(read: Callable[[int], bytes], count: int) -> Iterator[list[bytes | str]]:
@@ -75,10 +71,14 @@ def chunks(read: Callable[[int], bytes], count: int) -> Iterator[list[bytes | st
         yield chunk
 
 
-def submitted(chunk: list[bytes | str]) -> Future:
+def submitted(chunk: list[bytes | str]) -> Future | None:
+    """Send a chunk to the processes; None if another chunk has just ended them."""
     from loky import get_reusable_executor
 
-    return get_reusable_executor(timeout=IDLE).submit(look_at_all, chunk)
+    try:
+        return get_reusable_executor(timeout=IDLE).submit(look_at_all, chunk)
+    except BrokenExecutor:
+        return None
 
 
 def look_at_all(chunk: list[bytes | str]) -> list[Look]:
@@ -86,16 +86,23 @@ def look_at_all(chunk: list[bytes | str]) -> list[Look]:
     return [look(lambda one=one: one) if isinstance(one, bytes) else Look("", one) for one in chunk]
 
 
-def looked(chunk: list[bytes | str], answer: Future) -> list[Look]:
-    """What was found; if the process died, each picture is looked at alone to find the one that killed it."""
+def looked(chunk: list[bytes | str], answer: Future | None) -> list[Look]:
+    """What was found; if the process died, perhaps of another chunk, each picture is looked at alone."""
     try:
-        return answer.result()
+        return answer.result() if answer else [*alone(chunk)]
     except BrokenExecutor:
-        return [alone(one) for one in chunk]
+        return [*alone(chunk)]
 
 
-def alone(one: bytes | str) -> Look:
-    try:
-        return submitted([one]).result()[0]
-    except BrokenExecutor:
-        return Look(sha256(one), CRASHES)
+def alone(chunk: list[bytes | str]) -> Iterator[Look]:
+    """Look at pictures one by one in a process that nobody else uses, a new one after each that crashes it."""
+    from loky import ProcessPoolExecutor
+
+    process = ProcessPoolExecutor(1)
+    for one in chunk:
+        try:
+            yield process.submit(look_at_all, [one]).result()[0]
+        except BrokenExecutor:
+            yield Look(sha256(one), CRASHES)
+            process = ProcessPoolExecutor(1)
+    process.shutdown()

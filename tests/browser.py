@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -110,18 +111,25 @@ def browser() -> Iterator:
         found.close()
 
 
+@cache
+def window(browser, scheme: str):
+    """What the visitors of one browser share, its cache of files above all; each of their pages is a visit."""
+    return browser.new_context(viewport={"width": 1440, "height": 1000}, color_scheme=scheme)
+
+
 class Visitor:
-    """One visitor: a browser window that notes every request to elsewhere."""
+    """One visitor: a page of a browser, which notes every request to elsewhere."""
 
     def __init__(self, browser, address: str, scheme: str = "light") -> None:
         self.address = address
-        self.context = browser.new_context(viewport={"width": 1440, "height": 1000}, color_scheme=scheme)
+        self.context = window(browser, scheme)
         self.page = self.context.new_page()
         self.page.set_default_timeout(WAIT)
         self.elsewhere: list[str] = []
-        self.context.on("request", lambda request: self.note(request.url))
+        self.context.on("request", self.note)
 
-    def note(self, url: str) -> None:
+    def note(self, request) -> None:
+        url = request.url
         if not url.startswith((self.address, self.address.replace("http", "ws"), "data:", "blob:")):
             self.elsewhere.append(url)
 
@@ -153,8 +161,10 @@ class Visitor:
         self.page.screenshot(path=SHOTS / f"{name}.png", full_page=True)
 
     def leave(self) -> None:
+        self.context.remove_listener("request", self.note)
+        for page in self.context.pages:
+            page.close()
         assert not self.elsewhere, f"the app asked for {self.elsewhere}"
-        self.context.close()
 
 
 @pytest.fixture

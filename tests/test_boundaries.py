@@ -204,3 +204,7 @@ def test_the_scan_lets_the_rest_pass(line: str) -> None:
 def test_there_is_an_app_and_an_engine_to_scan() -> None:
     names = set(map(name_of, EVERYTHING))
     assert {"app.py", "oms_core/run.py", "oms_core/families/ddpm.py", "oms_core/attacks/base.py"} <= names
+
+
+def test_ray_is_imported_in_one_file() -> None:
+    assert [name_of(path) for path in EVERYTHING if below(imports_of(path), "ray")] == ["oms_core/distributed.py"]

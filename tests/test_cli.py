@@ -183,7 +183,21 @@ def test_a_warm_evaluation_imports_no_torch(tmp_path: Path) -> None:
 
 
 def test_a_killed_run_goes_on_from_its_finished_shards_bit_for_bit(tmp_path: Path) -> None:
-    arguments = ["score", "--attack", "NA", "--t", "300", "--steps", "8", "--limit", "1100", "--seed", "3"]
+    arguments = [
+        "score",
+        "--attack",
+        "NA",
+        "--t",
+        "300",
+        "--steps",
+        "4",
+        "--limit",
+        "1100",
+        "--batch",
+        "64",
+        "--seed",
+        "3",
+    ]
     whole = run(*arguments, "--out", str(tmp_path / "whole.parquet"), OMS_CACHE=str(tmp_path / "a"))
     assert whole.returncode == 0, whole.stderr
     cache = tmp_path / "b"

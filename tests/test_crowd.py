@@ -81,7 +81,7 @@ def test_all_who_press_run_together_start_one_job_per_run_and_see_the_same(
     for page in groups[50]:
         page.get_by_text(re.compile(r"\d+ of 400 pictures, \d+ per second")).first.wait_for()
     for page in groups[60]:
-        page.get_by_text("Waiting; 1 runs go first.").first.wait_for()
+        page.get_by_text("Waiting; 1 run goes first.").first.wait_for()
     for number in (0, 1, CROWD - 1):
         pages[number].screenshot(path=SHOTS / f"crowd-{number}.png")
     for group in groups.values():

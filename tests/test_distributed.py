@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from test_pages import opened
 
 from oms_core import cache, distributed
 from oms_core.compute import Shards, compute, settled
+from oms_core.device import FIRST_BATCH
 from oms_core.distributed import MARK, Cluster, compute_on, errand_of, room_in, scatter, started, sweep
 from oms_core.errors import InputError
 from oms_core.run import Run, plan
@@ -28,7 +30,7 @@ KILLS = int(os.environ.get("OMS_KILLS", "1"))  # of a worker, and of the driver
 SHARDS = 4
 ROOT = Path(__file__).resolve().parent.parent
 TWO = Cluster(workers=2)
-RUN = Run(model="ddpm-digits", attacks=("NA",), t=300, steps=10, batch=64)
+RUN = Run(model="ddpm-digits", attacks=("NA",), t=300, steps=10, batch=64, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +81,9 @@ def test_a_shard_that_kills_its_worker_is_given_up_and_the_others_are_not(ray: N
             with open(f"{self.folder}/{shard}", "a") as tries:
                 tries.write("x")
             if shard == 3:
+                time.sleep(1)  # others may wait behind it
                 os.kill(os.getpid(), signal.SIGKILL)
-            return {"shard": [shard], "error": ["it is full"] if shard == 5 else [""]}
+            return {"shard": [shard], "error": ["it is full" if shard == 5 else ""]}
 
     with started(TWO) as room:
         receipts = {one["shard"]: one["error"] for one in scatter([*range(12)], Killer, str(tmp_path), room)}
@@ -94,6 +97,19 @@ def test_missing_shards_are_counted_with_the_first_reason(tmp_path: Path, monkey
     with pytest.raises(InputError) as refused:
         distributed.refuse_missing(Shards(planned, settled(planned)), ["it is full."])
     assert str(refused.value).startswith("4 of 4 shards are missing, first number 0: it is full. The finished ones")
+
+
+def test_a_worker_finds_the_device_and_a_batch_where_none_is_named(
+    ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMS_CACHE", str(tmp_path))
+    planned = plan(replace(RUN, batch=0, device=""))
+    found = distributed.settled_there(planned, Cluster(1, 1, 0.0))
+    assert (found.device, found.dtype, found.mode, found.steps) == ("cpu", "float32", "eager", 10)
+    assert found.batch >= FIRST_BATCH
+    assert distributed.settled_there(plan(RUN), Cluster(1, 1, 0.0)) == settled(plan(RUN))
+    with pytest.raises(InputError, match="no usable cuda"):
+        distributed.settled_there(plan(replace(RUN, batch=0, device="cuda")), Cluster(1, 1, 0.0))
 
 
 def test_a_worker_that_sees_other_pictures_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,14 +154,24 @@ def test_only_what_was_started_here_and_is_dead_is_swept(tmp_path: Path) -> None
 
 
 def command(cached: Path, *more: str) -> list[str]:
-    settings = ["--model", "ddpm-digits", "--attack", "NA", "--t", "300", "--steps", "6", "--batch", "64"]
+    settings = ["--model", "ddpm-digits", "--attack", "NA", "--t", "300", "--steps", "6"]
+    settings += ["--batch", "64", "--device", "cpu"]
     return [sys.executable, "-m", "oms_core", "score", *settings, "--out", f"{cached}.parquet", *more]
 
 
-def workers() -> list[int]:
-    """The processes that hold a model."""
+def workers(driver: int) -> list[int]:
+    """The processes of a driver that hold a model."""
     titles = {path.parent.name: read_or_nothing(path) for path in Path("/proc").glob("[0-9]*/cmdline")}
-    return [int(process) for process, title in titles.items() if title.startswith("ray::") and "Scorer" in title]
+    held = [int(process) for process, title in titles.items() if title.startswith("ray::") and "Scorer" in title]
+    return [process for process in held if driver in ancestors(process)]
+
+
+def ancestors(process: int) -> list[int]:
+    found = [process]
+    while found[-1] > 1:
+        said = read_or_nothing(Path(f"/proc/{found[-1]}/status"))
+        found.append(int(said.partition("PPid:")[2].split()[0]) if said else 0)
+    return found
 
 
 def read_or_nothing(path: Path) -> str:
@@ -165,9 +191,10 @@ def killed(kind: str, driver: subprocess.Popen, cached: Path, chance: random.Ran
     before, deadline = len(parts(cached)), time.monotonic() + 120
     while len(parts(cached)) == before and driver.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
-    time.sleep(2 * chance.random())
-    for process in workers()[:1] if kind == "worker" else [driver.pid]:
-        os.kill(process, signal.SIGKILL)
+    time.sleep(chance.random())
+    victims = workers(driver.pid)[:1] if kind == "worker" else [driver.pid]
+    assert victims
+    os.kill(victims[0], signal.SIGKILL)
 
 
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="workers are found in /proc")
@@ -177,7 +204,11 @@ def test_whoever_is_killed_nothing_is_lost_and_a_poisoned_picture_is_only_named(
     environment = os.environ | crashing_on(tmp_path)
     images, chance = ["--images", str(folder)], random.Random(KILLS)
     done = subprocess.run(
-        command(local, *images), cwd=ROOT, env=environment | {"OMS_CACHE": str(local)}, capture_output=True, text=True
+        command(local, *images),
+        cwd=ROOT,
+        env=environment | {"OMS_CACHE": str(local), "OMP_NUM_THREADS": "2"},  # a worker has one thread
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert f"not scored: {named(7)}: it crashes the decoder" in done.stderr

@@ -331,6 +331,19 @@ def test_an_attack_asks_the_model_as_often_as_it_says(name: str, t: int) -> None
         assert max(on.denoiser.asked) <= t + ATTACKS[name].reach
 
 
+def test_all_attacks_together_never_ask_the_model_the_same_twice() -> None:
+    on, asked = probe(), []
+    ask = on.denoiser.eps
+    on.denoiser.eps = lambda x_t, t, condition: asked.append((t, x_t.numpy().tobytes())) or ask(x_t, t, condition)
+    alone = 0
+    for name in MEASURED:
+        ATTACKS[name].measure(on, ATTACKS[name].t, 3)
+        alone += ATTACKS[name].calls_at(ATTACKS[name].t, 3)
+    blind = on.without_captions.calls  # the same picture without its caption is another question
+    assert len(asked) - blind == len(set(asked)) == on.calls
+    assert on.calls < 0.7 * alone
+
+
 @pytest.mark.parametrize(("name", "base"), [("NA", 1), ("PIA", 2), ("PIAN", 2), ("SecMI", 12), ("SecMI-xt", 12)])
 def test_one_more_step_costs_one_more_call(name: str, base: int) -> None:
     attack = ATTACKS[name]

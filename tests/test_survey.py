@@ -49,14 +49,15 @@ def test_large_pictures_are_sent_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch
     assert [[len(one) for one in chunk] for chunk in chunks] == [[600, 600], [100, 2000], [1]]
 
 
-@pytest.mark.parametrize("poisoned", [[0], [70, 71], [3, 129]])
+@pytest.mark.parametrize("poisoned", [[0, 9 * CHUNK + 10], [70, 71, 700]])
 def test_a_picture_that_crashes_the_decoder_is_named_and_left_out(tmp_path: Path, poisoned: list[int]) -> None:
-    folder = pictures_with(tmp_path / "set", 130, poisoned)
+    count = 12 * CHUNK  # more than is sent before the first answer
+    folder = pictures_with(tmp_path / "set", count, poisoned)
     command = [sys.executable, "-m", "oms_core", "images", str(folder), "--json"]
     environment = os.environ | crashing_on(tmp_path) | {"OMS_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
-    assert found["pictures"] == 130 - len(poisoned)
+    assert found["pictures"] == count - len(poisoned)
     assert sorted(found["rejected"].pop(CRASHES)) == sorted(map(named, poisoned))
     assert not found["rejected"]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from oms_core.attacks import ATTACKS, COMPARED, RIVALS, Probe
 from oms_core.bench.base import STEPS, Row, Subject, bare_forward, empty_cache, row, timed
-from oms_core.compute import Progress, compute, probe_of
+from oms_core.compute import SHARD, Progress, compute, probe_of
+from oms_core.run import Plan, about
 
 ALLOWED = {"overhead": 1.03, "published": 0.27, "idle": 0.01}
 GRID = 30  # timesteps at which NA, PIA and PIAN are asked where they are published with a search over timesteps
@@ -12,36 +15,47 @@ PUBLISHED = {"SecMI": 12, "PIA": 31, "PIAN": 31, "NA": 30}  # model calls per pi
 
 
 def engine_rows(subject: Subject) -> list[Row]:
-    """One pass of all attacks over the pictures. After each batch as many bare forward passes and then the published
-    attacks are computed on as large a batch, so that all three meet the same machine.
+    """Scoring, as many bare forward passes, and the published attacks, group by group of pictures in turns, so that all
+    three meet the same machine.
     """
-    planned, batch, denoiser = subject.plan(), subject.batch, subject.denoiser
-    forward, one = bare_forward(denoiser, batch), probe_on(subject)
+    planned, batch = subject.plan(), subject.batch
+    forward, one = bare_forward(subject.denoiser, batch), probe_on(subject)
     calls = calls_of(subject, COMPARED)
-    forward()
-    bare = published = waited = 0.0
+    engine = bare = published = waited = 0.0
+    last = Progress(0, 0, {})
 
     def tick(progress: Progress) -> None:
-        nonlocal bare, published, waited
-        bare += timed(lambda: [forward() for _ in range(calls)])
-        published += timed(lambda: compute_published(one))
-        waited = progress.waited
+        nonlocal last
+        last = progress
 
-    with empty_cache():
-        engine = timed(lambda: compute(planned, tick)) - bare - published
-    compared, everything = calls_of(subject, COMPARED), calls_of(subject, (*COMPARED, *RIVALS.values()))
-    alone = sum(ATTACKS[name].calls_at(timestep(subject, name), STEPS) for name in (*COMPARED, *RIVALS.values()))
+    forward()
+    for group in groups_of(planned):
+        batches = -(-len(group.images) // batch)
+        with empty_cache():
+            engine += timed(lambda group=group: compute(group, tick))
+        waited += last.waited
+        bare += timed(lambda batches=batches: [forward() for _ in range(batches * calls)])
+        published += timed(lambda batches=batches: [compute_published(one) for _ in range(batches)])
+    everything = (*COMPARED, *RIVALS.values())
+    alone = sum(ATTACKS[name].calls_at(timestep(subject, name), STEPS) for name in everything)
     what = f"{len(planned.images)} pictures, {subject.name}"
     return [
         row(f"scoring / bare forwards, {what}", engine / bare, most=ALLOWED["overhead"]),
         row(f"scoring / published attacks one by one, {what}", engine / published, most=ALLOWED["published"]),
         row(f"share of the time in which the model waits for pictures, {what}", waited / engine, most=ALLOWED["idle"]),
-        row("model calls per picture, NA + PIA + PIAN + SecMI both ways", compared, "calls", most=distinct(subject)),
-        row("the same with their repetitions", everything, "calls"),
+        row("model calls per picture, NA + PIA + PIAN + SecMI both ways", calls, "calls", most=distinct(subject)),
+        row("the same with their repetitions", calls_of(subject, everything), "calls"),
         row("the same if each were computed alone", alone, "calls"),
         row(f"scoring, {what}", 1000 * engine / len(planned.images), "ms per picture"),
         row("batch that was found to pay", batch, "pictures"),
     ]
+
+
+def groups_of(planned: Plan) -> list[Plan]:
+    """The pictures of a plan in groups of a shard, each as a plan of its own."""
+    table = planned.images.table
+    sets = (replace(planned.images, table=table.iloc[k : k + SHARD]) for k in range(0, len(table), SHARD))
+    return [about(planned, images) for images in sets]
 
 
 def timestep(subject: Subject, name: str) -> int:

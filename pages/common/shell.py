@@ -379,7 +379,8 @@ def watch(key: str) -> None:
     job.touch(viewer())
     left, right = st.columns([4, 1], vertical_alignment="center")
     if job.state == "queued":
-        left.progress(0.0, f"Waiting; {SERVICE.position(job)} runs go first.")
+        before = SERVICE.position(job)
+        left.progress(0.0, f"Waiting; {before} {'run goes' if before == 1 else 'runs go'} first.")
     else:
         left.progress(job.done / max(1, job.total), progress_sentence(job))
     if right.button("Cancel", key="cancel", width="stretch") and not job.leave(viewer()):

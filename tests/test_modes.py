@@ -1,0 +1,55 @@
+"""The ways in which a network can run give the same scores up to rounding, and are kept apart."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from oms_core import compute
+from oms_core.cache import Variant, begun, key_of
+from oms_core.errors import InputError
+from oms_core.run import Run, lookup, plan
+
+
+@pytest.fixture
+def run(pipeline: Path, pictures: Path) -> Run:
+    return Run(str(pipeline), str(pictures), attacks=("NA",), t=100, steps=2, batch=8, device="cpu")
+
+
+def test_channels_last_is_the_same_up_to_rounding_and_a_result_of_its_own(run: Run) -> None:
+    plain, other = compute.score(run)["NA"], replace(run, mode="channels_last")
+    assert not lookup(plan(other))
+    found = compute.score(other)["NA"]
+    torch.testing.assert_close(torch.tensor(found["d(0,2) p=2"]), torch.tensor(plain["d(0,2) p=2"]))
+    assert lookup(plan(other))["NA"].equals(found)
+    assert lookup(plan(run))["NA"].equals(plain)
+
+
+def test_a_network_that_cannot_be_compiled_is_refused_in_a_sentence(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: torch.nn.Module) -> None:
+        self.forward = None  # as a compiler that is missing shows at the first call
+
+    monkeypatch.setattr(torch.nn.Module, "compile", fail)
+    with pytest.raises(InputError, match="cannot be compiled on this machine; leave out --mode"):
+        compute.score(replace(run, mode="compiled"))
+
+
+@pytest.mark.parametrize("variant", [Variant("cpu", "float32", 8, 3), Variant("cuda", "float16", 64, 2, "compiled")])
+def test_the_name_of_a_result_says_how_it_was_computed(variant: Variant) -> None:
+    assert Variant.parse(str(variant)) == variant
+
+
+def test_a_run_that_was_begun_goes_on_in_its_batches(run: Run, cache_folder: Path) -> None:
+    open_run = replace(run, batch=0)
+    task = plan(open_run).tasks[0]
+    like = Variant("cpu", "float32", 0, 2)
+    assert begun(task.key, like) == 0
+    compute.score(replace(run, batch=5))
+    next(cache_folder.rglob("manifest.json")).unlink()  # as if it had been killed just before the end
+    assert begun(task.key, like) == 5
+    assert begun(task.key, replace(like, steps=3)) == 0
+    assert begun(key_of({"another": "question"}), like) == 0
+    assert compute.settled(plan(open_run)).batch == 5
