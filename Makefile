@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 MODELS := ddpm-digits ddpm-fashion uvit-digits uvit-fashion sd-fashion
 SWEPT := 50 70 90 110 130 150 170 190 210 230 250 300 350
 OMS := $(BIN)/python -m oms_core
-PYTEST ?= --numprocesses auto --dist loadfile
+PYTEST ?= --numprocesses auto --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: app test check format signals clean

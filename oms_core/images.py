@@ -108,10 +108,8 @@ def open_images(name: str) -> ImageSet:
 
 
 def is_fresh(state: tuple[Stamp, ...]) -> bool:
-    """Whether a file is so new that another change of it might not show."""
-    return (
-        max(one.changed for one in state) > time.time_ns() - TICK
-    )  # `written` can be set to any time, also a later one
+    """Whether a file is so new that another change might not show; when it was written could be set to any time."""
+    return max(one.changed for one in state) > time.time_ns() - TICK
 
 
 @lru_cache(REMEMBERED)
