@@ -191,6 +191,8 @@ def task_of(attack: Attack, planned: Plan) -> Task:
     run, model, images = planned.run, planned.model, planned.images
     if attack.captioned and not model.captioned:
         raise InputError(f"{attack.name} needs a model that takes captions, and {model.name} takes none.")
+    if attack.gradients and run.mode == "compiled":
+        raise InputError(f"{attack.name} differentiates the network, so it cannot be compiled; leave out --mode.")
     t = timestep(attack, run, model)
     if isinstance(attack, Learned):
         return Task(attack, t, learned_content(attack, planned))
