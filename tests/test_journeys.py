@@ -25,6 +25,7 @@ def test_a_newcomer_steps_the_search_and_flips_one_more_step(visitor: Visitor) -
     visitor.shoot("start")
     visitor.page.get_by_test_id("stMain").get_by_role("link", name="Open").first.click()
     visitor.page.get_by_role("heading", name="Step the search").wait_for()
+    visitor.says("Press Step")
     visitor.settle()
     for step in (1, 2, 3):
         visitor.page.keyboard.press("ArrowRight")

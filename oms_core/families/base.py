@@ -36,7 +36,10 @@ class PixelSpace:
 
     def encode(self, pixels: np.ndarray) -> Tensor:
         """Pixels of (B, H, W, C) uint8 as x_0 in [-1, 1], (B, C, H, W)."""
-        x_0 = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2)
+        given = torch.from_numpy(pixels)
+        if self.device.type == "cuda":
+            given = given.pin_memory()  # copied while the device is still busy
+        x_0 = given.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
         return x_0.to(self.dtype) / 127.5 - 1
 
     def decode(self, x_0: Tensor) -> np.ndarray:
