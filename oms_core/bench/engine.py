@@ -1,82 +1,95 @@
-"""Scoring beside as many bare forward passes, and beside the published attacks computed one by one."""
+"""Scoring beside the same questions asked bare, and beside the published attacks computed one by one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from oms_core.attacks import ATTACKS, COMPARED, RIVALS, Probe
 from oms_core.bench.base import STEPS, Row, Subject, empty_cache, row, timed
 from oms_core.compute import Progress, compute, probe_of
-from oms_core.run import Plan, about
-from oms_core.search import diffuse
+
+if TYPE_CHECKING:
+    from oms_core.denoiser import Denoiser
 
 ALLOWED = {"overhead": 1.03, "published": 0.27, "idle": 0.01}
-BATCHES = 4  # that are computed before it is another's turn
 SAMPLED = 4  # one of so many batches goes through the published attacks
 GRID = 30  # timesteps at which NA, PIA and PIAN are asked where they are published with a search over timesteps
 PUBLISHED = {"SecMI": 12, "PIA": 31, "PIAN": 31, "NA": 30}  # model calls per picture
+Question = tuple[torch.Tensor, int, Any]  # x_t, t, condition
 
 
 def engine_rows(subject: Subject) -> list[Row]:
-    """Scoring, as many bare forward passes, and the published attacks, group by group of pictures in turns, so that all
-    three meet the same machine; the published attacks, which take four times as long, on a quarter of the batches.
+    """Scoring, which stops after each batch, so that the network is asked the same questions again by itself: both
+    meet the same machine. The published attacks, which take four times as long, go through one batch in four.
     """
-    planned, batch = subject.plan(), subject.batch
-    one = probe_on(subject)
-    forward = forward_of(one)
-    calls = calls_of(subject, COMPARED)
-    engine = bare = published = waited = 0.0
+    planned, denoiser, one = subject.plan(), subject.denoiser, probe_on(subject)
+    bare: list[float] = []
+    published: list[float] = []
     last = Progress(0, 0, {})
+    with overheard(denoiser) as asked, empty_cache():
 
-    def tick(progress: Progress) -> None:
-        nonlocal last
-        last = progress
+        def tick(progress: Progress) -> None:
+            nonlocal last
+            last, questions = progress, [*asked]
+            bare.append(timed(lambda: ask_again(denoiser, questions)))
+            if len(bare) % SAMPLED == 1:
+                published.append(timed(lambda: compute_published(one)))
+            asked.clear()
 
-    forward()
-    for group in groups_of(planned, BATCHES * batch):
-        batches = -(-len(group.images) // batch)
-        with empty_cache():
-            engine += timed(lambda group=group: compute(group, tick))
-        waited += last.waited
-        bare += timed(lambda batches=batches: [forward() for _ in range(batches * calls)])
-        some = -(-batches // SAMPLED)
-        published += timed(lambda some=some: [compute_published(one) for _ in range(some)]) * batches / some
+        whole = timed(lambda: compute(planned, tick))
+    engine = whole - sum(bare) - sum(published)
+    alone = len(bare) * sum(published) / len(published)
     everything = (*COMPARED, *RIVALS.values())
-    alone = sum(ATTACKS[name].calls_at(timestep(subject, name), STEPS) for name in everything)
+    calls_alone = sum(ATTACKS[name].calls_at(timestep(subject, name), STEPS) for name in everything)
     what = f"{len(planned.images)} pictures, {subject.name}"
     return [
-        row(f"scoring / bare forwards, {what}", engine / bare, most=ALLOWED["overhead"]),
-        row(f"scoring / published attacks one by one, {what}", engine / published, most=ALLOWED["published"]),
-        row(f"share of the time in which the model waits for pictures, {what}", waited / engine, most=ALLOWED["idle"]),
-        row("model calls per picture, NA + PIA + PIAN + SecMI both ways", calls, "calls", most=distinct(subject)),
+        row(f"scoring / bare forwards, {what}", engine / sum(bare), most=ALLOWED["overhead"]),
+        row(f"scoring / published attacks one by one, {what}", engine / alone, most=ALLOWED["published"]),
+        row(
+            f"share of the time in which the model waits for pictures, {what}",
+            last.waited / engine,
+            most=ALLOWED["idle"],
+        ),
+        row(
+            "model calls per picture, NA + PIA + PIAN + SecMI both ways",
+            calls_of(subject, COMPARED),
+            "calls",
+            most=distinct(subject),
+        ),
         row("the same with their repetitions", calls_of(subject, everything), "calls"),
-        row("the same if each were computed alone", alone, "calls"),
+        row("the same if each were computed alone", calls_alone, "calls"),
         row(f"scoring, {what}", 1000 * engine / len(planned.images), "ms per picture"),
-        row("batch that was found to pay", batch, "pictures"),
+        row("batch that was found to pay", subject.batch, "pictures"),
     ]
 
 
-def forward_of(one: Probe) -> Callable[[], None]:
-    """One forward pass on a batch of noisy pictures, and nothing else; on empty ones it would be faster."""
-    t = ATTACKS["PIA"].t
+@contextmanager
+def overheard(denoiser: Denoiser) -> Iterator[list[Question]]:
+    """Write down what a model is asked."""
+    asked: list[Question] = []
+    eps = denoiser.eps
+
+    def listen(x_t: torch.Tensor, t: int, condition: Any = None) -> torch.Tensor:
+        asked.append((x_t, t, condition))
+        return eps(x_t, t, condition)
+
+    denoiser.eps = listen
+    try:
+        yield asked
+    finally:
+        del denoiser.eps
+
+
+def ask_again(denoiser: Denoiser, questions: list[Question]) -> None:
+    """Forward passes and nothing else."""
     with torch.inference_mode():
-        x_t = diffuse(one.x_0, one.noise, *one.coefficients(t))
-
-    def forward() -> None:
-        with torch.inference_mode():
-            one.ask(x_t, t).sum().item()  # waits for the device
-
-    return forward
-
-
-def groups_of(planned: Plan, size: int) -> list[Plan]:
-    """The pictures of a plan in groups, each as a plan of its own."""
-    table = planned.images.table
-    sets = (replace(planned.images, table=table.iloc[k : k + size]) for k in range(0, len(table), size))
-    return [about(planned, images) for images in sets]
+        for x_t, t, condition in questions:
+            answer = denoiser.eps(x_t, t, condition)
+        answer.cpu()  # waits for the device
 
 
 def timestep(subject: Subject, name: str) -> int:
