@@ -2,9 +2,11 @@
 decoder ends a process that nothing else depends on."""
 
 import hashlib
+import signal
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, Future
+from functools import lru_cache
 from typing import NamedTuple
 
 from oms_core.decode import decode
@@ -13,7 +15,8 @@ from oms_core.errors import InputError
 CHUNK, CHUNK_BYTES = 64, 32 * 2**20  # sent to a process at once
 AHEAD = 8  # chunks that are sent before the first answer is waited for
 IDLE = 60  # seconds after which the processes end
-CRASHES = "it crashes the decoder; remove it"
+LONGEST = 15  # seconds of a CPU that a picture may take; the slowest that is allowed takes 5 on a slow one
+CRASHES = "it crashes the decoder, or never leaves it; remove it"
 
 
 class Look(NamedTuple):
@@ -23,12 +26,10 @@ class Look(NamedTuple):
     reason: str
 
 
-def look(read: Callable[[], bytes]) -> Look:
-    """Read a picture and try to decode it."""
-    image = ""
+def look(data: bytes) -> Look:
+    """Try to decode a picture."""
+    image = sha256(data)
     try:
-        data = read()
-        image = sha256(data)
         decode(data)
     except InputError as error:
         return Look(image, str(error))
@@ -40,15 +41,16 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def look_through(read: Callable[[int], bytes], count: int) -> Iterator[Look]:
+def look_through(read: Callable[[int], bytes], count: int, together: int = CHUNK) -> Iterator[Look]:
     """Look at the pictures 0 ... count - 1, in order.
 
     Args:
         read: the bytes of a picture; it may raise `InputError`.
         count: how many there are.
+        together: how many are sent to a process at once; few of them are soon answered, many of them sooner in all.
     """
     pending: deque[tuple[list[bytes | str], Future | None]] = deque()
-    for chunk in chunks(read, count):
+    for chunk in chunks(read, count, together):
         pending.append((chunk, submitted(chunk)))
         if len(pending) > AHEAD:
             yield from looked(*pending.popleft())
@@ -56,7 +58,7 @@ def look_through(read: Callable[[int], bytes], count: int) -> Iterator[Look]:
         yield from looked(*pending.popleft())
 
 
-def chunks(read: Callable[[int], bytes], count: int) -> Iterator[list[bytes | str]]:
+def chunks(read: Callable[[int], bytes], count: int, together: int) -> Iterator[list[bytes | str]]:
     """The pictures in lists of a bounded size; in place of one that cannot be read stands the reason."""
     chunk: list[bytes | str] = []
     for number in range(count):
@@ -64,7 +66,7 @@ def chunks(read: Callable[[int], bytes], count: int) -> Iterator[list[bytes | st
             chunk.append(read(number))
         except InputError as error:
             chunk.append(str(error))
-        if len(chunk) == CHUNK or sum(map(len, chunk)) > CHUNK_BYTES:
+        if len(chunk) == together or sum(map(len, chunk)) > CHUNK_BYTES:
             yield chunk
             chunk = []
     if chunk:
@@ -76,14 +78,33 @@ def submitted(chunk: list[bytes | str]) -> Future | None:
     from loky import get_reusable_executor
 
     try:
-        return get_reusable_executor(timeout=IDLE).submit(look_at_all, chunk)
+        return get_reusable_executor(cores(), timeout=IDLE).submit(look_at_all, chunk)
     except BrokenExecutor:
         return None
 
 
+@lru_cache(1)
+def cores() -> int:
+    """How many CPU cores this process may use; finding out takes a look into system files."""
+    from loky import cpu_count
+
+    return cpu_count()
+
+
 def look_at_all(chunk: list[bytes | str]) -> list[Look]:
     """Runs in a process of its own."""
-    return [look(lambda one=one: one) if isinstance(one, bytes) else Look("", one) for one in chunk]
+    return [look_in_time(one) if isinstance(one, bytes) else Look("", one) for one in chunk]
+
+
+def look_in_time(data: bytes) -> Look:
+    """Look at a picture; if that takes too long, the system ends the process, whatever the decoder is at."""
+    if not hasattr(signal, "setitimer"):  # Windows
+        return look(data)
+    signal.setitimer(signal.ITIMER_PROF, LONGEST)
+    try:
+        return look(data)
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def looked(chunk: list[bytes | str], answer: Future | None) -> list[Look]:

@@ -7,13 +7,12 @@ import math
 import time
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 
 from oms_core.decode import MAX_BYTES
 from oms_core.errors import InputError
 from oms_core.images import ImageSet, collected
 from oms_core.layouts import BESIDE, Listed, Rows, Zip
-from oms_core.survey import look
+from oms_core.survey import look_through
 
 MOST = 200  # pictures
 QUOTA = 256 * 2**20  # bytes of one visitor, as they were sent and again unpacked
@@ -44,8 +43,7 @@ def received(files: Sequence[tuple[str, bytes]]) -> ImageSet:
             raise InputError(f"left out, as the pictures before it took {PATIENCE:.0f} seconds; use fewer or smaller")
         return sources[number]()
 
-    looks = (look(partial(read, number)) for number in range(len(listed)))
-    images = collected(NAME, Rows(listed, read), looks, refused)
+    images = collected(NAME, Rows(listed, read), look_through(read, len(listed), together=1), refused)
     until = math.inf  # what was found in time may be read whenever it is needed
     return images
 

@@ -1,4 +1,4 @@
-"""Pictures that crash the decoder, which no real file here does: it is made to, in every process that is started."""
+"""Pictures that crash or occupy the decoder, which no real file here does: it is made to, in every new process."""
 
 from __future__ import annotations
 
@@ -8,13 +8,21 @@ import numpy as np
 
 from oms_core.assemble import png
 
-MARK = b"POISON"  # after the end of a PNG, where a decoder does not look
+MARK, ENDLESS = b"POISON", b"ENDLESS"  # after the end of a PNG, where a decoder does not look
 CRASH = f"""
 import ctypes
 import oms_core.survey as survey
 
-decode = survey.decode
-survey.decode = lambda data: ctypes.string_at(0) if data.endswith({MARK!r}) else decode(data)
+original, survey.LONGEST = survey.decode, 0.5
+
+def decode(data):
+    if data.endswith({MARK!r}):
+        ctypes.string_at(0)
+    while data.endswith({ENDLESS!r}):
+        pass
+    return original(data)
+
+survey.decode = decode
 """
 
 
@@ -30,12 +38,12 @@ def named(number: int) -> str:
     return f"{'member' if number % 2 else 'nonmember'}/{number:03d}.png"
 
 
-def pictures_with(folder: Path, count: int, poisoned: list[int]) -> Path:
+def pictures_with(folder: Path, count: int, poisoned: list[int], mark: bytes = MARK) -> Path:
     """A folder of different pictures, half of them members, some of them poisoned."""
     rng = np.random.default_rng(count)
     for number in range(count):
         path = folder / named(number)
         path.parent.mkdir(parents=True, exist_ok=True)
         data = png(rng.integers(0, 256, (8, 8), np.uint8))
-        path.write_bytes(data + MARK if number in poisoned else data)
+        path.write_bytes(data + mark if number in poisoned else data)
     return folder

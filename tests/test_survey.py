@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from poison import crashing_on, named, pictures_with
+from poison import ENDLESS, MARK, crashing_on, named, pictures_with
 
 from oms_core import survey
 from oms_core.assemble import png
@@ -45,14 +45,16 @@ def test_what_cannot_be_used_has_a_reason_and_its_neighbours_have_none() -> None
 def test_large_pictures_are_sent_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(survey, "CHUNK_BYTES", 1000)
     sizes = [600, 600, 100, 2000, 1]
-    chunks = survey.chunks(lambda number: bytes(sizes[number]), len(sizes))
+    chunks = survey.chunks(lambda number: bytes(sizes[number]), len(sizes), 64)
     assert [[len(one) for one in chunk] for chunk in chunks] == [[600, 600], [100, 2000], [1]]
 
 
-@pytest.mark.parametrize("poisoned", [[0, 9 * CHUNK + 10], [70, 71, 700]])
-def test_a_picture_that_crashes_the_decoder_is_named_and_left_out(tmp_path: Path, poisoned: list[int]) -> None:
+@pytest.mark.parametrize(("poisoned", "mark"), [([0, 9 * CHUNK + 10], MARK), ([70, 71, 700], MARK), ([5], ENDLESS)])
+def test_a_picture_that_crashes_or_occupies_the_decoder_is_named_and_left_out(
+    tmp_path: Path, poisoned: list[int], mark: bytes
+) -> None:
     count = 12 * CHUNK  # more than is sent before the first answer
-    folder = pictures_with(tmp_path / "set", count, poisoned)
+    folder = pictures_with(tmp_path / "set", count, poisoned, mark)
     command = [sys.executable, "-m", "oms_core", "images", str(folder), "--json"]
     environment = os.environ | crashing_on(tmp_path) | {"OMS_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
+import os
 import stat
 import struct
 import subprocess
@@ -14,6 +16,7 @@ import zlib
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -21,6 +24,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from poison import ENDLESS, MARK, crashing_on
 from watch import watched
 
 from oms_core import edits, uploads
@@ -28,7 +32,7 @@ from oms_core.decode import BAND, MAX_ASPECT, MAX_BYTES, MAX_PIXELS, Profile, de
 from oms_core.edits import LARGEST, Edit, edited, with_edit
 from oms_core.errors import InputError
 from oms_core.images import ImageSet
-from oms_core.survey import Look
+from oms_core.survey import CRASHES
 from oms_core.uploads import LONGEST_NAME, MOST, QUOTA, received
 
 RNG = np.random.default_rng(0)
@@ -317,20 +321,40 @@ def test_a_visitor_has_a_quota_of_bytes_sent_and_of_bytes_unpacked(monkeypatch: 
 
 def test_pictures_that_take_too_long_are_left_out_and_the_others_stay_readable(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(uploads.time, "monotonic", lambda: now[0])
-    original = uploads.look
 
-    def slow(read: Callable[[], bytes]) -> Look:
-        seen = original(read)
-        now[0] += uploads.PATIENCE / 1.5
-        return seen
+    def later() -> float:
+        now[0] += uploads.PATIENCE / 2.5
+        return now[0]
 
-    monkeypatch.setattr(uploads, "look", slow)
+    monkeypatch.setattr(uploads, "time", SimpleNamespace(monotonic=later))
     found = received([("a.png", A), ("b.png", B), ("c.png", C)])
     assert [*found.table.file] == ["a.png", "b.png"]
     assert "took 60 seconds" in reasons(found)["c.png"]
     now[0] = 10.0**6
     assert [found.read(row) for row in found.table.index] == [A, B]
+
+
+RECEIVE = """
+import json, sys
+from pathlib import Path
+from oms_core.uploads import received
+found = received([(name, Path(name).read_bytes()) for name in sys.argv[1:]])
+print(json.dumps([[*found.table.file], dict(found.rejected.itertuples(index=False, name=None))]))
+"""
+
+
+def test_pictures_that_crash_or_occupy_the_decoder_hinder_neither_the_server_nor_their_neighbours(
+    tmp_path: Path,
+) -> None:
+    files = {"a.png": A, "bad.png": B + MARK, "b.png": B, "endless.png": C + ENDLESS, "c.png": C}
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    done = subprocess.run(
+        [sys.executable, "-c", RECEIVE, *files], capture_output=True, text=True, cwd=tmp_path, timeout=120,
+        env=os.environ | crashing_on(tmp_path),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [["a.png", "b.png", "c.png"], {"bad.png": CRASHES, "endless.png": CRASHES}]
 
 
 # Zips that mean harm
