@@ -285,9 +285,24 @@ def add_notes(key: str, rows: pd.DataFrame) -> None:
 
 def read_notes(key: str) -> pd.DataFrame:
     """All that is known of single pictures under a key, a row per picture; empty where nothing is."""
-    paths = [path for root in roots() for path in sorted((root / key[:2] / key).glob("notes-*"))]
-    frames = [frame for path in paths if (frame := read_part(path, key, 0)) is not None]
+    frames = []
+    for path in (path for root in roots() for path in sorted((root / key[:2] / key).glob("notes-*"))):
+        with contextlib.suppress(LookupError):
+            frames.append(read_note(path, key))
     return pd.concat(frames).drop_duplicates("image") if frames else pd.DataFrame()
+
+
+@lru_cache(maxsize=2**16)
+def read_note(path: Path, key: str) -> pd.DataFrame:
+    """The rows of a file of notes, which are always the same, as its name is their digest; nobody may change them.
+
+    Raises:
+        LookupError: it cannot be read now.
+    """
+    rows = read_part(path, key, 0)
+    if rows is None:
+        raise LookupError(path)
+    return rows
 
 
 def replace_file(path: Path, data: bytes) -> None:
