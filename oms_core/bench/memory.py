@@ -30,7 +30,7 @@ def memory_rows(subject: Subject) -> list[Row]:
     what = f"{subject.pictures} pictures, {subject.name}"
     return [
         row("peak of a process with bare forwards", bare, "MB"),
-        row(f"peak of scoring beyond that, {what}", engine - bare, "MB", most=ALLOWED["memory"]),
+        row(f"peak of scoring beyond bare forwards, {what}", engine - bare, "MB", most=ALLOWED["memory"]),
     ]
 
 
