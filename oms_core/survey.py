@@ -5,7 +5,7 @@ import hashlib
 import signal
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import BrokenExecutor, Future
+from concurrent.futures import BrokenExecutor, Executor, Future
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -50,12 +50,16 @@ def look_through(read: Callable[[int], bytes], count: int, together: int = CHUNK
         together: how many are sent to a process at once; few of them are soon answered, many of them sooner in all.
     """
     pending: deque[tuple[list[bytes | str], Future | None]] = deque()
-    for chunk in chunks(read, count, together):
-        pending.append((chunk, submitted(chunk)))
-        if len(pending) > AHEAD:
-            yield from looked(*pending.popleft())
-    while pending:
-        yield from looked(*pending.popleft())
+    apart = Apart()
+    try:
+        for chunk in chunks(read, count, together):
+            pending.append((chunk, submitted(chunk)))
+            if len(pending) > AHEAD:
+                yield from looked(*pending.popleft(), apart)
+        while pending:
+            yield from looked(*pending.popleft(), apart)
+    finally:
+        apart.close()
 
 
 def chunks(read: Callable[[int], bytes], count: int, together: int) -> Iterator[list[bytes | str]]:
@@ -107,23 +111,33 @@ def look_in_time(data: bytes) -> Look:
         signal.setitimer(signal.ITIMER_PROF, 0)
 
 
-def looked(chunk: list[bytes | str], answer: Future | None) -> list[Look]:
-    """What was found; if the process died, perhaps of another chunk, each picture is looked at alone."""
+def looked(chunk: list[bytes | str], answer: Future | None, apart: "Apart") -> list[Look]:
+    """What was found; if the process died, perhaps of another chunk, another one looks again."""
     try:
-        return answer.result() if answer else [*alone(chunk)]
+        return answer.result() if answer else apart.look(chunk)
     except BrokenExecutor:
-        return [*alone(chunk)]
+        return apart.look(chunk)
 
 
-def alone(chunk: list[bytes | str]) -> Iterator[Look]:
-    """Look at pictures one by one in a process that nobody else uses, a new one after each that crashes it."""
-    from loky import ProcessPoolExecutor
+class Apart:
+    """A process that nobody else uses, a new one after each picture that crashes it."""
 
-    process = ProcessPoolExecutor(1)
-    for one in chunk:
+    def __init__(self) -> None:
+        self.process: Executor | None = None
+
+    def look(self, chunk: list[bytes | str]) -> list[Look]:
+        """Look at pictures together, and one by one if that ends the process."""
+        from loky import ProcessPoolExecutor
+
+        self.process = self.process or ProcessPoolExecutor(1)
         try:
-            yield process.submit(look_at_all, [one]).result()[0]
+            return self.process.submit(look_at_all, chunk).result()
         except BrokenExecutor:
-            yield Look(sha256(one), CRASHES)
-            process = ProcessPoolExecutor(1)
-    process.shutdown()
+            self.process = None
+        if len(chunk) > 1:
+            return [self.look([one])[0] for one in chunk]
+        return [Look(sha256(chunk[0]), CRASHES)]
+
+    def close(self) -> None:
+        if self.process:
+            self.process.shutdown()
