@@ -30,7 +30,7 @@ KILLS = int(os.environ.get("OMS_KILLS", "1"))  # of a worker and then of the dri
 SHARDS = 6
 ROOT = Path(__file__).resolve().parent.parent
 TWO = Cluster(workers=2)
-RUN = Run(model="ddpm-digits", attacks=("NA",), t=300, steps=10, batch=64, device="cpu")
+RUN = Run(model="ddpm-digits", attacks=("NA",), t=300, steps=10, limit=1100, batch=64, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -52,19 +52,21 @@ def test_a_cluster_makes_what_is_missing_as_this_machine_would_and_a_page_shows_
     whole = compute(planned)["NA"]
     shutil.copytree(tmp_path / "local", tmp_path / "ray")
     monkeypatch.setenv("OMS_CACHE", str(tmp_path / "ray"))
-    assert [button for button in opened("pages/2_Convergence.py", t="310").button if button.label == "Run"]
+    assert [
+        button for button in opened("pages/2_Convergence.py", t="310", limit="1100").button if button.label == "Run"
+    ]
     shards = Shards(planned, settled(planned))
-    for shard in (0, 2, 3):
+    for shard in (0, 2):
         cache.part(shards.entries[planned.tasks[0]].folder, shard).unlink()
     kept = next((tmp_path / "ray").rglob("part-000001.parquet"))
     before = kept.stat().st_mtime_ns
-    assert shards.missing() == [0, 2, 3]
+    assert shards.missing() == [0, 2]
     found = compute_on(TWO, planned, told.append)["NA"]
     pd.testing.assert_frame_equal(found, whole, check_exact=True)
     assert files_of(tmp_path / "ray") == files_of(tmp_path / "local")
     assert kept.stat().st_mtime_ns == before  # what is finished is not computed again
     assert [one.done for one in told][-1] == told[-1].total == len(planned.images)
-    page = opened("pages/2_Convergence.py", t="300")
+    page = opened("pages/2_Convergence.py", t="300", limit="1100")
     assert not page.exception
     assert not [button for button in page.button if button.label == "Run"]
 
@@ -96,7 +98,7 @@ def test_missing_shards_are_counted_with_the_first_reason(tmp_path: Path, monkey
     planned = plan(RUN)
     with pytest.raises(InputError) as refused:
         distributed.refuse_missing(Shards(planned, settled(planned)), ["it is full."])
-    assert str(refused.value).startswith("4 of 4 shards are missing, first number 0: it is full. The finished ones")
+    assert str(refused.value).startswith("3 of 3 shards are missing, first number 0: it is full. The finished ones")
 
 
 def test_a_worker_finds_the_device_and_a_batch_where_none_is_named(
@@ -200,7 +202,7 @@ def killed(kind: str, driver: subprocess.Popen, cached: Path, chance: random.Ran
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="workers are found in /proc")
 def test_whoever_is_killed_nothing_is_lost_and_a_poisoned_picture_is_only_named(tmp_path: Path) -> None:
     folder = pictures_with(tmp_path / "set", SHARDS * 512, [7])
-    local, cached = tmp_path / "local", tmp_path / "ray"
+    local, cached, log = tmp_path / "local", tmp_path / "ray", tmp_path / "log"
     environment = os.environ | crashing_on(tmp_path)
     images, chance = ["--images", str(folder)], random.Random(KILLS)
     done = subprocess.run(
@@ -215,13 +217,12 @@ def test_whoever_is_killed_nothing_is_lost_and_a_poisoned_picture_is_only_named(
     again = command(cached, *images, "--engine", "ray", "--workers", "2")
     for last in [False] * KILLS + [True]:
         finished = parts(cached)
-        driver = subprocess.Popen(
-            again, cwd=ROOT, env=environment | {"OMS_CACHE": str(cached)}, stderr=subprocess.PIPE, text=True
-        )
+        with log.open("w") as said:  # no pipe, which would stay open until Ray notices, after a minute
+            driver = subprocess.Popen(again, cwd=ROOT, env=environment | {"OMS_CACHE": str(cached)}, stderr=said)
         for victim in () if last else ("worker", "driver"):
             killed(victim, driver, cached, chance)
-        said = driver.communicate(timeout=300)[1]
-        assert driver.returncode == (0 if last else -signal.SIGKILL), said[-2000:]
+        driver.wait(300)
+        assert driver.returncode == (0 if last else -signal.SIGKILL), log.read_text()[-2000:]
         assert {path: parts(cached).get(path) for path in finished} == finished  # nothing is computed twice
         if not last:  # leave some for the next
             for path in sorted(parts(cached))[2:]:
