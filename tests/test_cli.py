@@ -186,26 +186,12 @@ def test_a_warm_evaluation_imports_no_torch(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-1000:]
 
 
-def test_a_killed_run_goes_on_from_its_finished_shards_bit_for_bit(tmp_path: Path) -> None:
-    arguments = [
-        "score",
-        "--attack",
-        "NA",
-        "--t",
-        "300",
-        "--steps",
-        "4",
-        "--limit",
-        "1100",
-        "--batch",
-        "64",
-        "--seed",
-        "3",
-    ]
-    whole = run(*arguments, "--out", str(tmp_path / "whole.parquet"), OMS_CACHE=str(tmp_path / "a"))
-    assert whole.returncode == 0, whole.stderr
-    cache = tmp_path / "b"
-    command = [sys.executable, "-m", "oms_core", *arguments]
+def test_a_killed_run_goes_on_from_its_finished_shards_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ["--attack", "NA", "--t", "300", "--steps", "4", "--limit", "1100", "--batch", "64", "--seed", "3"]
+    cache, whole, again = tmp_path / "cache", tmp_path / "whole.parquet", tmp_path / "again.parquet"
+    command = [sys.executable, "-m", "oms_core", "score", *settings]
     victim = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMS_CACHE": str(cache)}, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not list(cache.rglob("part-*.parquet")) and time.monotonic() < deadline and victim.poll() is None:
@@ -215,10 +201,9 @@ def test_a_killed_run_goes_on_from_its_finished_shards_bit_for_bit(tmp_path: Pat
     finished = {path: path.stat().st_mtime_ns for path in cache.rglob("part-*.parquet")}
     assert finished
     assert not list(cache.rglob("manifest.json")), "the run ended before it was killed"
-    again = run(*arguments, "--out", str(tmp_path / "again.parquet"), OMS_CACHE=str(cache))
-    assert again.returncode == 0, again.stderr
+    for out, folder in ((again, cache), (whole, tmp_path / "other")):
+        monkeypatch.setenv("OMS_CACHE", str(folder))
+        assert main(["score", *settings, "--out", str(out)]) == 0
     assert {path: path.stat().st_mtime_ns for path in finished} == finished  # nothing was computed twice
-    pd.testing.assert_frame_equal(
-        pd.read_parquet(tmp_path / "whole.parquet"), pd.read_parquet(tmp_path / "again.parquet"), check_exact=True
-    )
+    pd.testing.assert_frame_equal(pd.read_parquet(whole), pd.read_parquet(again), check_exact=True)
     assert len(list(cache.rglob("manifest.json"))) == 1

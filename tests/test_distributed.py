@@ -27,7 +27,7 @@ from oms_core.errors import InputError
 from oms_core.run import Run, plan
 
 KILLS = int(os.environ.get("OMS_KILLS", "1"))  # of a worker and then of the driver
-SHARDS = 6
+SHARDS = 4
 ROOT = Path(__file__).resolve().parent.parent
 TWO = Cluster(workers=2)
 RUN = Run(model="ddpm-digits", attacks=("NA",), t=300, steps=10, limit=1100, batch=64, device="cpu")
@@ -156,7 +156,7 @@ def test_only_what_was_started_here_and_is_dead_is_swept(tmp_path: Path) -> None
 
 
 def command(cached: Path, *more: str) -> list[str]:
-    settings = ["--model", "ddpm-digits", "--attack", "NA", "--t", "300", "--steps", "6"]
+    settings = ["--model", "ddpm-digits", "--attack", "NA", "--t", "300", "--steps", "3"]
     settings += ["--batch", "64", "--device", "cpu"]
     return [sys.executable, "-m", "oms_core", "score", *settings, "--out", f"{cached}.parquet", *more]
 
