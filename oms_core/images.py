@@ -25,7 +25,7 @@ from oms_core.survey import Look, look_through, sha256
 
 BUILT_IN = ("digits", "fashion")
 REMEMBERED = 4  # opened sets
-SURVEY = 1  # raised when the decoder takes or refuses other pictures
+SURVEY = 2  # raised when the decoder takes or refuses other pictures
 TICK = 2 * 10**9  # ns, the coarsest clock of a file system (FAT); two changes within a tick may have one stamp
 
 

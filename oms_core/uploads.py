@@ -17,6 +17,7 @@ from oms_core.survey import look_through
 MOST = 200  # pictures
 QUOTA = 256 * 2**20  # bytes of one visitor, as they were sent and again unpacked
 PATIENCE = 60.0  # seconds in which the pictures must be looked through
+LOOKING = 2  # processes that look at what visitors send, for all of them together
 LONGEST_NAME = 64
 MAX_DIRECTORY = 4 * 2**20  # bytes of the list of a zip's entries, which takes many times as much in memory
 ZIP_BEGINS = (b"PK\x03\x04", b"PK\x05\x06")
@@ -43,7 +44,8 @@ def received(files: Sequence[tuple[str, bytes]]) -> ImageSet:
             raise InputError(f"left out, as the pictures before it took {PATIENCE:.0f} seconds; use fewer or smaller")
         return sources[number]()
 
-    images = collected(NAME, Rows(listed, read), look_through(read, len(listed), together=1), refused)
+    looks = look_through(read, len(listed), together=1, processes=LOOKING)
+    images = collected(NAME, Rows(listed, read), looks, refused)
     until = math.inf  # what was found in time may be read whenever it is needed
     return images
 

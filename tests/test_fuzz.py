@@ -18,7 +18,7 @@ import warnings
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -27,13 +27,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from watch import watched
+from watch import look_here, watched
 
 import oms_core.uploads
 from oms_core.decode import FORMATS, Profile, decode
 from oms_core.edits import Edit, edited, with_edit
 from oms_core.errors import InputError
-from oms_core.survey import Look, look
 from oms_core.uploads import received
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -216,15 +215,6 @@ def upload(files: list[tuple[str, bytes]], edit: Edit) -> tuple[int, int]:
     assert with_edit(found, name, edit).pixels(PROFILES[0]).shape == (1, 28, 28, 1)
     assert all(map(one_sentence, [*found.rejected.reason, *found.rejected.file, *found.table.file]))
     return len(found), len(found.rejected)
-
-
-def look_here(read: Callable[[int], bytes], count: int, together: int) -> Iterator[Look]:
-    """As `oms_core.survey.look_through`, but in this process, where the memory of the decoder is seen."""
-    for number in range(count):
-        try:
-            yield look(read(number))
-        except InputError as error:
-            yield Look("", str(error))
 
 
 def run(cases: int) -> dict[str, float]:
