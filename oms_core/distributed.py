@@ -88,6 +88,7 @@ class Errand:
         os.chdir(self.folder)
         os.environ["OMS_CACHE"] = self.cache
         torch.set_num_threads(self.threads)
+        os.environ["LOKY_MAX_CPU_COUNT"] = str(self.threads)  # if pictures have to be looked at here
         planned = plan(self.run)
         moved = replace(planned, images=planned.auxiliary if self.auxiliary else planned.images, tasks=())
         tasks = tuple(task_of(MEASURED[name], moved) for name in self.attacks)
@@ -279,11 +280,11 @@ def started(cluster: Cluster) -> Iterator[Cluster]:
     except ImportError as error:
         raise InputError("To score on a cluster install Ray: pip install -r requirements-ray.txt.") from error
     if ray.is_initialized():
-        yield room_in(cluster, ray.cluster_resources())
+        yield room_in(cluster, machines())
         return
     folder = connected(cluster)
     try:
-        yield room_in(cluster, ray.cluster_resources())
+        yield room_in(cluster, machines())
     finally:
         ray.shutdown()
         sweep(folder)
@@ -345,15 +346,31 @@ def alive(process: int) -> bool:
     return True
 
 
-def room_in(cluster: Cluster, resources: dict[str, float]) -> Cluster:
+def machines() -> list[dict[str, float]]:
+    """What each machine of the cluster has."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def room_in(cluster: Cluster, nodes: list[dict[str, float]]) -> Cluster:
     """Fill in what was not asked for.
+
+    Args:
+        cluster: what was.
+        nodes: what each machine has.
 
     Raises:
         InputError: there is no room for the workers, which Ray would wait for without end.
     """
-    cores, gpus = resources.get("CPU", 0), resources.get("GPU", 0)
+    cores, gpus = (sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
     each = (1.0 if gpus else 0.0) if cluster.gpus is None else cluster.gpus
-    most = int(min(cores // cluster.threads, gpus // each if each else cores))
+
+    def fitting_on(node: dict[str, float]) -> int:
+        most = node.get("CPU", 0) // cluster.threads
+        return int(min(most, node.get("GPU", 0) // each) if each else most)
+
+    most = sum(map(fitting_on, nodes))
     if not most or cluster.workers > most:
         raise InputError(
             f"The cluster has {cores:g} cores and {gpus:g} GPUs, too few for {max(1, cluster.workers)} workers of "

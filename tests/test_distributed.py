@@ -65,6 +65,7 @@ def test_a_cluster_makes_what_is_missing_as_this_machine_would_and_a_page_shows_
     pd.testing.assert_frame_equal(found, whole, check_exact=True)
     assert files_of(tmp_path / "ray") == files_of(tmp_path / "local")
     assert kept.stat().st_mtime_ns == before  # what is finished is not computed again
+    assert len(told) == 2
     assert [one.done for one in told][-1] == told[-1].total == len(planned.images)
     page = opened("pages/2_Convergence.py", t="300", limit="1100")
     assert not page.exception
@@ -134,13 +135,22 @@ def test_a_worker_that_sees_other_pictures_refuses(tmp_path: Path, monkeypatch: 
     ],
 )
 def test_what_was_not_asked_for_is_what_has_room(asked: Cluster, has: dict[str, float], gets: Cluster) -> None:
-    assert room_in(asked, has) == gets
+    assert room_in(asked, [has]) == gets
+    assert (
+        room_in(replace(asked, workers=0), [has, has]).workers == 2 * room_in(replace(asked, workers=0), [has]).workers
+    )
 
 
 @pytest.mark.parametrize("asked", [Cluster(workers=9), Cluster(threads=9), Cluster(gpus=1.0)])
 def test_workers_without_room_are_refused_at_once(asked: Cluster) -> None:
     with pytest.raises(InputError, match="The cluster has 8 cores and 0 GPUs, too few"):
-        room_in(asked, {"CPU": 8.0})
+        room_in(asked, [{"CPU": 8.0}])
+
+
+def test_a_worker_needs_room_on_one_machine() -> None:
+    with pytest.raises(InputError, match="The cluster has 16 cores and 0 GPUs, too few for 1 workers of 9 threads"):
+        room_in(Cluster(threads=9), [{"CPU": 8.0}, {"CPU": 8.0}])
+    assert room_in(Cluster(threads=6), 3 * [{"CPU": 8.0}]).workers == 3
 
 
 def test_only_what_was_started_here_and_is_dead_is_swept(tmp_path: Path) -> None:
@@ -223,7 +233,7 @@ def test_whoever_is_killed_nothing_is_lost_and_a_poisoned_picture_is_only_named(
             killed(victim, driver, cached, chance)
         driver.wait(300)
         assert driver.returncode == (0 if last else -signal.SIGKILL), log.read_text()[-2000:]
-        assert {path: parts(cached).get(path) for path in finished} == finished  # nothing is computed twice
+        assert {path: parts(cached).get(path) for path in finished} == finished  # they stay
         if not last:  # leave some for the next
             for path in sorted(parts(cached))[2:]:
                 path.unlink(missing_ok=True)
