@@ -7,10 +7,11 @@ import subprocess
 import sys
 from functools import partial
 
+from oms_core import cache
 from oms_core.attacks import COMPARED
 from oms_core.bench.base import STEPS, Row, Subject, row, timed
 from oms_core.files import ASSETS
-from oms_core.run import Run, lookup, plan
+from oms_core.run import Plan, Run, lookup, plan
 
 TURNS = 5
 ALLOWED = {"lookup": 0.1, "evaluate": 3.0, "rerun": 0.6}  # seconds
@@ -35,13 +36,19 @@ def app_rows(subject: Subject) -> list[Row]:
     """Reading what is kept, a whole process that does, and a page."""
     evaluate = warm_evaluate(subject)  # first: whatever is missing is computed here
     planned = plan(Run(subject.name, attacks=COMPARED, steps=STEPS))
-    read = statistics.median(timed(lambda: lookup(planned)) for _ in range(TURNS))
+    read = statistics.median(timed(lambda: from_disk(planned)) for _ in range(TURNS))
     what = f"{len(planned.images)} pictures, {len(planned.tasks)} attacks"
     return [
         row(f"distances from the cache, {what}", read, "s", most=ALLOWED["lookup"]),
         row("evaluate from a warm cache, whole process", evaluate, "s", most=ALLOWED["evaluate"]),
         row("the page Convergence, run again", rerun(subject), "s", most=ALLOWED["rerun"]),
     ]
+
+
+def from_disk(planned: Plan) -> None:
+    """What is kept of a plan, with all its checksums, as if it had not been read before."""
+    cache._read_finished.cache_clear()
+    lookup(planned)
 
 
 def warm_evaluate(subject: Subject) -> float:

@@ -35,7 +35,8 @@ def cluster_rows(subject: Subject) -> list[Row]:
         up = time.time() - began
         for number, path in enumerate(files_of_pictures(subject.model.images, Path(folder))):
             fixed = {"batch": subject.batch, "device": subject.placement.device, "seed": number}
-            planned = plan(Run(subject.name, str(path), attacks=ATTACKS, steps=STEPS, **fixed))
+            with empty_cache():
+                planned = plan(Run(subject.name, str(path), attacks=ATTACKS, steps=STEPS, **fixed))
             turns.append({"local": local_seconds(planned), 1: on_cluster(planned, 1), 2: on_cluster(planned, 2)})
     local = [turn["local"] for turn in turns]
     one, two = ({key: [turn[workers][key] for turn in turns] for key in turns[0][1]} for workers in (1, 2))
@@ -88,9 +89,9 @@ def local_seconds(planned: Plan) -> float:
 
 def on_cluster(planned: Plan, workers: int) -> dict[str, float]:
     """Seconds until all workers work, seconds if they worked all the time, and the share in which they waited."""
-    began = time.time()
     with empty_cache(), started(Cluster(workers)) as room:
         survey(planned)
+        began = time.time()
         shards = Shards(planned, settled_there(planned, room))
         errand = replace(errand_of(planned, room.threads), variant=shards.variant)
         receipts = pd.DataFrame(scatter(shards.missing(), Scorer, errand, room))

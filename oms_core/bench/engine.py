@@ -29,12 +29,10 @@ def engine_rows(subject: Subject) -> list[Row]:
     planned, denoiser, one = subject.plan(), subject.denoiser, probe_on(subject)
     bare: list[float] = []
     published: list[float] = []
-    last = Progress(0, 0, {})
     with overheard(denoiser) as asked, empty_cache():
 
         def tick(progress: Progress) -> None:
-            nonlocal last
-            last, questions = progress, [*asked]
+            questions = [*asked]
             bare.append(timed(lambda: ask_again(denoiser, questions)))
             if len(bare) % SAMPLED == 1:
                 published.append(timed(lambda: compute_published(one)))
@@ -51,7 +49,7 @@ def engine_rows(subject: Subject) -> list[Row]:
         row(f"scoring / published attacks one by one, {what}", engine / alone, most=ALLOWED["published"]),
         row(
             f"share of the time in which the model waits for pictures, {what}",
-            last.waited / engine,
+            waited(subject),
             most=ALLOWED["idle"],
         ),
         row(
@@ -65,6 +63,14 @@ def engine_rows(subject: Subject) -> list[Row]:
         row(f"scoring, {what}", 1000 * engine / len(planned.images), "ms per picture"),
         row("batch that was found to pay", subject.batch, "pictures"),
     ]
+
+
+def waited(subject: Subject) -> float:
+    """The share of the time in which the model waits for pictures, when nothing else goes on between batches."""
+    told: list[Progress] = []
+    with empty_cache():
+        seconds = timed(lambda: compute(subject.plan(limit=max(1, subject.pictures // SAMPLED)), told.append))
+    return told[-1].waited / seconds
 
 
 @contextmanager

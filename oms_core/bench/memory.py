@@ -20,7 +20,7 @@ from oms_core.run import Plan, about
 
 MB = 2**20
 ALLOWED = {"memory": 150, "growth": 1.05}
-SMALL, LARGE, TURNS = 1000, 50_000, 10
+SMALL, LARGE, TURNS = 1024, 51_200, 10  # pictures in whole batches
 GROWN = ("NA",)
 
 
