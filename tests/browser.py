@@ -150,6 +150,11 @@ class Visitor:
         self.page.get_by_role("button", name=label).first.click()
         self.settle()
 
+    def strike(self, key: str, button: str) -> None:
+        """Press the key of a button that is on the page and can be pressed."""
+        self.page.get_by_role("button", name=button, disabled=False).first.wait_for()
+        self.page.keyboard.press(key)
+
     def go(self, label: str) -> None:
         """Follow a link of the sidebar."""
         self.page.get_by_test_id("stSidebar").get_by_role("link", name=label).click()

@@ -28,7 +28,7 @@ def test_a_newcomer_steps_the_search_and_flips_one_more_step(visitor: Visitor) -
     visitor.says("Press Step")
     visitor.settle()
     for step in (1, 2, 3):
-        visitor.page.keyboard.press("ArrowRight")
+        visitor.strike("ArrowRight", "Step")
         visitor.says(f"After step {step} the noise of")
     visitor.shoot("step")
     visitor.press("Reset")

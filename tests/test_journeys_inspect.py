@@ -111,15 +111,15 @@ def test_the_ten_most_wrongly_accused_one_by_one(visitor: Visitor) -> None:
     first = file_shown(visitor)
     visitor.shoot("inspect")
     for number in range(2, 5):
-        visitor.page.keyboard.press("ArrowRight")
+        visitor.strike("ArrowRight", "Next")
         visitor.says(f"Picture {number} of 50")
     visitor.page.get_by_text("model's x₀").wait_for()
     assert file_shown(visitor) != first
-    visitor.page.keyboard.press("ArrowLeft")
+    visitor.strike("ArrowLeft", "Previous")
     visitor.says("Picture 3 of 50")
     visitor.settle()
     visitor.press("Pin")
-    visitor.page.keyboard.press("ArrowRight")
+    visitor.strike("ArrowRight", "Next")
     visitor.says("Picture 4 of 50")
     visitor.settle()
     visitor.page.get_by_text("model's x₀").nth(1).wait_for()
@@ -143,7 +143,7 @@ def test_two_rounds_of_the_game(visitor: Visitor) -> None:
     visitor.settle()
     for number in (1, 2):
         visitor.says("Press Step")
-        visitor.page.keyboard.press("ArrowRight")
+        visitor.strike("ArrowRight", "Step")
         visitor.says("After step 1 the noise of")
         assert not visitor.page.get_by_text("A: ").count()
         visitor.page.get_by_role("radiogroup").get_by_text("A", exact=True).click()
