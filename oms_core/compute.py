@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -27,7 +27,7 @@ from oms_core.images import ImageSet
 from oms_core.learned import learn
 from oms_core.run import Plan, Run, Task, Trace, lookup, lookup_trace, plan, task_of, trace_content
 from oms_core.schemes import SCHEMES
-from oms_core.search import fixed_point
+from oms_core.search import Map, fixed_point
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -235,8 +235,18 @@ def settled(planned: Plan) -> cache.Variant:
     run, placement = planned.run, placed(planned.run)
     like = variant_of(run, placement, run.batch)
     begun = (cache.begun(task.key, like) for task in planned.tasks)
-    batch = run.batch or next(filter(None, begun), 0) or automatic_batch(planned.model, placement)
-    return replace(like, batch=batch)
+    return replace(like, batch=run.batch or next(filter(None, begun), 0) or batch_for(planned, placement))
+
+
+def batch_for(planned: Plan, placement: Placement) -> int:
+    """The batch size that pays, or the power of two that holds all pictures if that is less."""
+    pays = automatic_batch(planned.model, placement, differentiate(planned.tasks))
+    return min(pays, 1 << (len(planned.images) - 1).bit_length())
+
+
+def differentiate(tasks: Iterable[Task]) -> bool:
+    """Whether any of the tasks takes derivatives of the model."""
+    return any(task.attack.gradients for task in tasks)
 
 
 def compute(plan: Plan, tick: Tick | None = None) -> dict[str, pd.DataFrame]:
@@ -337,19 +347,38 @@ def columns_of(rows: pd.DataFrame) -> Columns:
 
 
 @lru_cache
-def automatic_batch(model: Model, placement: Placement) -> int:
-    """The batch size that pays for this model on this device; tried once."""
-    denoiser = loaded(model, placement)
-    return batch_size(placement, lambda count: forward_pass(denoiser, count))
+def automatic_batch(model: Model, placement: Placement, differentiated: bool = False) -> int:
+    """The batch size that pays for this model on this device, asked or differentiated; tried once."""
+    denoiser, once = loaded(model, placement), derivative if differentiated else forward_pass
+    return batch_size(placement, lambda count: once(denoiser, count))
 
 
 def forward_pass(denoiser: Denoiser, count: int) -> None:
     """Ask a model once about a batch of empty pictures, and wait for the answer."""
     import torch
 
-    pixels = np.zeros((count, *denoiser.profile.size, denoiser.profile.channels), np.uint8)
     with torch.inference_mode():
-        denoiser.eps(denoiser.encode(pixels), 0, denoiser.condition([""] * count)).sum().item()
+        f, x_0 = empty_pictures(denoiser, count)
+        f(x_0).sum().item()
+
+
+def derivative(denoiser: Denoiser, count: int) -> None:
+    """Multiply the Jacobian of a model and its transpose with a vector, for a batch of empty pictures, and wait."""
+    import torch
+
+    from oms_core.convergence import drawn, products
+
+    with torch.no_grad():
+        f, x_0 = empty_pictures(denoiser, count)
+        forward, backward = products(f, x_0)
+        backward(forward(drawn(x_0))).sum().item()
+
+
+def empty_pictures(denoiser: Denoiser, count: int) -> tuple[Map, Tensor]:
+    """A model's answer to a batch, and a batch of empty pictures."""
+    pixels = np.zeros((count, *denoiser.profile.size, denoiser.profile.channels), np.uint8)
+    condition = denoiser.condition([""] * count)
+    return lambda x_t: denoiser.eps(x_t, 0, condition), denoiser.encode(pixels)
 
 
 def batches(
@@ -382,8 +411,7 @@ def signals_of(
     """Run every task on one batch."""
     import torch
 
-    differentiated = any(task.attack.gradients for task in tasks)
-    with torch.no_grad() if differentiated else torch.inference_mode():
+    with torch.no_grad() if differentiate(tasks) else torch.inference_mode():
         probe = probe_of(denoiser, group, pixels, run)
         names = group.table.image.to_numpy(object)
         return {task: signal(task.attack.measure(probe, task.t, run.steps), names) for task in tasks}

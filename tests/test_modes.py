@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 from oms_core import compute
 from oms_core.cache import Variant, begun, key_of
+from oms_core.denoiser import Denoiser
 from oms_core.errors import InputError
 from oms_core.run import Run, lookup, plan
 
@@ -53,3 +55,27 @@ def test_a_run_that_was_begun_goes_on_in_its_batches(run: Run, cache_folder: Pat
     assert begun(task.key, replace(like, steps=3)) == 0
     assert begun(key_of({"another": "question"}), like) == 0
     assert compute.settled(plan(open_run)).batch == 5
+
+
+@pytest.mark.parametrize(("pictures_asked", "batch"), [(1, 1), (2, 2), (3, 4), (5, 8), (12, 8)])
+def test_few_pictures_are_not_filled_up_to_a_batch_that_would_pay(
+    run: Run, pictures_asked: int, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compute, "automatic_batch", lambda *_: 8)
+    assert compute.settled(plan(replace(run, batch=0, limit=pictures_asked))).batch == batch
+
+
+@pytest.mark.parametrize(("attacks", "work"), [(("NA", "PIA"), "forward_pass"), (("NA", "Jacobian"), "derivative")])
+def test_a_batch_is_tried_by_the_work_that_awaits_it(
+    run: Run, attacks: tuple[str, ...], work: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str] = []
+
+    def noted(name: str, own: Callable[[Denoiser, int], None]) -> Callable[[Denoiser, int], None]:
+        return lambda denoiser, count: tried.append(name) or own(denoiser, count)
+
+    for name in ("forward_pass", "derivative"):
+        monkeypatch.setattr(compute, name, noted(name, getattr(compute, name)))
+    compute.automatic_batch.cache_clear()
+    compute.settled(plan(replace(run, attacks=attacks, batch=0)))
+    assert set(tried) == {work}
