@@ -14,11 +14,11 @@ from oms_core.bench.engine import engine_rows
 from oms_core.bench.gradients import gradient_rows
 from oms_core.bench.memory import growth_rows, memory_rows
 from oms_core.bench.network import network_rows
-from oms_core.catalog import describe
-from oms_core.compute import automatic_batch
+from oms_core.compute import batch_for
 from oms_core.device import place
 from oms_core.errors import InputError
 from oms_core.figures import Chart, layout
+from oms_core.run import Run, plan
 
 PARTS: dict[str, Callable[[Subject], list[Row]]] = {
     "network": network_rows,
@@ -53,7 +53,7 @@ def bench(model: str, pictures: int, parts: Sequence[str] = QUICK) -> list[Row]:
             raise InputError(f"There is no part {part!r}; known are {', '.join(PARTS)}.")
     if pictures < 1:
         raise InputError(f"pictures is {pictures}; it must be at least 1.")
-    subject = Subject(model, pictures, automatic_batch(describe(model), place()))
+    subject = Subject(model, pictures, batch_for(plan(Run(model, limit=pictures)), place()))
     return [{"part": part, **row} for part in dict.fromkeys(parts) for row in PARTS[part](subject)]
 
 
