@@ -9,6 +9,7 @@ import math
 import os
 import re
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +70,15 @@ class Model:
 
 
 def built_in() -> dict[str, dict[str, Any]]:
-    """The card of each shipped model, by name."""
-    cards = [read_json(path) for path in sorted(MODELS.glob("*/card.json"))]
+    """The card of each shipped model, by name; one that has not changed is not read again."""
+    cards = [card_of(path, path.stat().st_mtime_ns) for path in sorted(MODELS.glob("*/card.json"))]
     return {card["name"]: card for card in cards}
+
+
+@lru_cache
+def card_of(path: Path, changed: int) -> dict[str, Any]:
+    """A card as it was written at a moment, in nanoseconds; not to be changed."""
+    return read_json(path)
 
 
 def epochs(name: str) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import struct
 import subprocess
@@ -543,3 +544,13 @@ def test_the_light_half_of_the_engine_imports_nothing_heavy() -> None:
 def test_the_check_for_heavy_imports_sees_them() -> None:
     with pytest.raises(AssertionError, match="torch"):
         run_alone("import torch")
+
+
+def test_a_card_that_was_changed_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalog, "MODELS", tmp_path)
+    card = tmp_path / "one" / "card.json"
+    card.parent.mkdir()
+    for number, members in enumerate((3, 4)):
+        card.write_text(json.dumps({"name": "one", "members": members}))
+        os.utime(card, ns=(number, number))
+        assert catalog.built_in()["one"]["members"] == members
