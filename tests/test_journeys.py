@@ -99,8 +99,15 @@ def test_a_run_shows_its_progress_and_can_be_cancelled(visitor: Visitor) -> None
 
 def test_every_page_reads_well_in_the_dark(browser, server: str) -> None:
     one = Visitor(browser, server, "dark")
-    for path in ("", "Step_the_search?step=4", "Convergence", "Attacks?n=2"):
+    for path, said in (
+        ("", "Residual at step"),
+        ("Step_the_search?step=4", "After step 4"),
+        ("Convergence", "the median residual"),
+        ("Attacks?n=2&pick=faca648fc25a", "Its search by"),
+        ("Inspect?model=uvit-fashion&attack=SecMI&n=2", "Its search by"),
+    ):
         one.open(path)
+        one.says(said)
         one.page.locator(".js-plotly-plot").first.wait_for()
         one.page.wait_for_timeout(500)
         colour = one.page.evaluate("getComputedStyle(document.querySelector('[data-testid=stApp]')).backgroundColor")

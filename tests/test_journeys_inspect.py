@@ -153,14 +153,3 @@ def test_two_rounds_of_the_game(visitor: Visitor) -> None:
         visitor.says(f"of {number} right")
         visitor.shoot(f"game-{number}-revealed")
         visitor.press("Next round")
-
-
-@pytest.mark.parametrize("path", ["Inspect?model=uvit-fashion&attack=SecMI&n=2", "Attacks?n=2&pick=faca648fc25a"])
-def test_pictures_read_well_in_the_dark(browser, server: str, path: str) -> None:
-    one = Visitor(browser, server, "dark")
-    one.open(path)
-    one.page.locator(".js-plotly-plot").first.wait_for()
-    one.says("Its search by")
-    one.page.wait_for_timeout(800)
-    one.shoot(f"dark-{path.partition('?')[0].lower()}-picture")
-    one.leave()
