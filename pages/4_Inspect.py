@@ -51,10 +51,11 @@ def verdict(found: pd.DataFrame, context: Context, n: int) -> None:
         wrong = 100 * count[ACCUSED] / (count[ACCUSED] + count[CAUGHT])
         st.success(f"{said} Of those it accuses, {wrong:.0f} % were never in the training set.")
         return
+    untried = "another attack or another timestep" if n > 1 else "One More Step, another attack or another timestep"
     area = 100 * metrics.auc(found.score.to_numpy(), found.member.to_numpy())
     st.warning(
         f"{said} It accuses members no more often than others, so an accusation says nothing here (AUC {area:.1f} %, "
-        "50 % is chance). Try One More Step, another attack or another timestep."
+        f"50 % is chance). Try {untried}."
     )
 
 

@@ -116,6 +116,7 @@ def test_it_opens_on_the_ten_most_wrongly_accused(model: str) -> None:
 def test_an_attack_below_chance_is_not_called_evidence() -> None:
     said = words(opened(INSPECT, model="uvit-fashion", attack="SecMI", n="2"))
     assert "accuses members no more often than others" in said
+    assert "Try another attack" in said  # One More Step is on already
     assert "never in the training set" not in said
 
 
