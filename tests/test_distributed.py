@@ -20,6 +20,7 @@ from poison import crashing_on, named, pictures_with
 from test_pages import opened
 
 from oms_core import cache, distributed
+from oms_core.__main__ import main
 from oms_core.compute import Shards, compute, settled
 from oms_core.device import FIRST_BATCH
 from oms_core.distributed import MARK, Cluster, compute_on, errand_of, room_in, scatter, started, sweep
@@ -206,20 +207,16 @@ def killed(kind: str, driver: subprocess.Popen, cached: Path, chance: random.Ran
 
 
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="workers are found in /proc")
-def test_whoever_is_killed_nothing_is_lost_and_a_poisoned_picture_is_only_named(tmp_path: Path) -> None:
-    folder = pictures_with(tmp_path / "set", SHARDS * 512, [7])
+def test_whoever_is_killed_nothing_is_lost_and_a_poisoned_picture_is_only_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, healthy = (pictures_with(tmp_path / name, SHARDS * 512, bad) for name, bad in (("set", [7]), ("same", [])))
+    (healthy / named(7)).unlink()
     local, cached, log = tmp_path / "local", tmp_path / "ray", tmp_path / "log"
-    environment = os.environ | crashing_on(tmp_path)
+    monkeypatch.setenv("OMS_CACHE", str(local))
+    assert main(command(local, "--images", str(healthy))[3:]) == 0
     images, chance = ["--images", str(folder)], random.Random(KILLS)
-    done = subprocess.run(
-        command(local, *images),
-        cwd=ROOT,
-        env=environment | {"OMS_CACHE": str(local), "OMP_NUM_THREADS": "2"},  # a worker has one thread
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert f"not scored: {named(7)}: it crashes the decoder" in done.stderr
+    environment = os.environ | crashing_on(tmp_path)
     again = command(cached, *images, "--engine", "ray", "--workers", "2")
     for last in [False] * KILLS + [True]:
         finished = parts(cached)
@@ -233,6 +230,7 @@ def test_whoever_is_killed_nothing_is_lost_and_a_poisoned_picture_is_only_named(
         if not last:  # leave some for the next
             for path in sorted(parts(cached))[2:]:
                 path.unlink(missing_ok=True)
+    assert f"not scored: {named(7)}: it crashes the decoder" in log.read_text()
     assert set(parts(cached)) == {cached / path.relative_to(local) for path in parts(local)}
     assert all(path.read_bytes() == (local / path.relative_to(cached)).read_bytes() for path in parts(cached))
     pd.testing.assert_frame_equal(
