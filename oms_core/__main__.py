@@ -21,8 +21,8 @@ from oms_core.people import beside_the_paper, plain, readable
 from oms_core.run import Run, plan, scores
 from oms_core.training.recipes import RECIPES
 
-BENCH_PARTS = """network, engine, gradients, app, memory (by default these), and growth, cluster, scheduler, which take
-many minutes"""
+BENCH_PARTS = """network, engine, gradients, app, memory (by default these, some minutes), growth, cluster, scheduler,
+kills (many minutes), or all"""
 EPILOG = """examples:
   python -m oms_core evaluate --model ddpm-digits                      every attack, with and without OMS
   python -m oms_core evaluate --model ddpm-digits@700 --attack NA --t 200
@@ -131,8 +131,10 @@ def add_tools(commands: Any) -> None:
 
     benching = add(commands, "bench", bench_command, "measure speed, model calls and memory against bare forwards")
     benching.add_argument("parts", nargs="*", metavar="PART", help=BENCH_PARTS)
-    benching.add_argument("--model", default=Run.model, help="the model to measure with")
-    benching.add_argument("--pictures", type=int, default=512, help="how many are scored (default: 512)")
+    benching.add_argument("--model", default="", help="the model to measure with (default: as the targets say)")
+    benching.add_argument("--pictures", type=int, help="how many are scored (default: as the targets say)")
+    benching.add_argument("--dtype", default="", help="float32, float16 or bfloat16 (default: float32)")
+    benching.add_argument("--mode", default="", help="eager, channels_last or compiled (default: eager)")
     benching.add_argument("--json", action="store_true", help="print JSON")
     benching.add_argument("--out", type=Path, help="draw the targets into an .html, .png or .svg file")
 
@@ -171,6 +173,8 @@ def engine_of(options: argparse.Namespace) -> Any:
         return None
     if options.workers < 0 or options.threads < 1 or not 0 <= (options.gpus or 0) < math.inf:
         raise InputError("--workers and --gpus cannot be negative, and --threads must be at least 1.")
+    if (options.gpus or 0) > 1 and options.gpus % 1:
+        raise InputError(f"--gpus is {options.gpus:g}; it must be a part of one GPU, or a whole number of them.")
     from oms_core.distributed import Cluster, compute_on
 
     return partial(compute_on, Cluster(options.workers, options.threads, options.gpus))
@@ -382,11 +386,12 @@ def assemble_command(options: argparse.Namespace) -> None:
 def bench_command(options: argparse.Namespace) -> None:
     from oms_core import bench
 
-    rows = bench.bench(options.model, options.pictures, options.parts or bench.QUICK)
+    parts = options.parts or bench.QUICK
+    rows = bench.bench(parts, options.model, options.pictures, options.dtype, options.mode)
     if options.out:
         from oms_core.export import write_figure
 
-        write_figure(bench.chart(rows), f"Measured on {options.model}", options.out)
+        write_figure(bench.chart(rows), "Measured against targets", options.out)
     if options.json:
         print_json(rows)
     else:

@@ -158,7 +158,11 @@ def read_finished(folder: Path, key: str) -> pd.DataFrame | None:
         state = tuple((entry.name, entry.stat().st_size, entry.stat().st_mtime_ns) for entry in os.scandir(folder))
     except OSError:
         state = ()
-    return _read_finished(folder, key, state)
+    try:
+        return _read_finished(folder, key, state)
+    except OSError as error:  # which may pass, so it is not remembered and nothing is set aside
+        log.warning("%s cannot be read now (%s).", folder, error)
+        return None
 
 
 @lru_cache(maxsize=32)
@@ -168,18 +172,24 @@ def _read_finished(folder: Path, key: str, state: tuple) -> pd.DataFrame | None:
         parts = sorted(manifest["parts"].items())
         if key_of(manifest["content"]) != key or not parts:
             raise ValueError("the key does not match")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         set_aside(folder / "manifest.json", error)
         return None
     frames = []
     for shard, (name, digest) in enumerate(parts):
         path = folder / Path(name).name
-        if not intact(path, digest):
+        if intact(path, digest):
+            rows = read_part(path, key, shard, verified=True)
+            if rows is None and path.exists():
+                raise OSError(f"{name} is whole, and cannot be read")
+        else:
             set_aside(path, "its digest does not match")
+            rows = None
+        if rows is None:
             set_aside(folder / "manifest.json", "a part is damaged")
             return None
-        frames.append(read_part(path, key, shard, verified=True))
-    return None if any(frame is None for frame in frames) else pd.concat(frames, ignore_index=True)
+        frames.append(rows)
+    return pd.concat(frames, ignore_index=True)
 
 
 def counted(content: dict[str, Any], count: Callable[[], pd.DataFrame]) -> pd.DataFrame:
@@ -323,7 +333,7 @@ def flush(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on disk; Windows flushes no folders."""
     if os.name == "nt" and path.is_dir():
         return
-    handle = os.open(path, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows flushes what may be written
     try:
         os.fsync(handle)
     finally:
@@ -331,10 +341,12 @@ def flush(path: Path) -> None:
 
 
 def intact(path: Path, digest: str) -> bool:
-    try:
-        return path.is_file() and file_digest(path) == digest
-    except OSError:
-        return False
+    """Whether a file is there and is what a manifest says.
+
+    Raises:
+        OSError: it cannot be read now.
+    """
+    return path.is_file() and file_digest(path) == digest
 
 
 def file_digest(path: Path) -> str:

@@ -21,7 +21,7 @@ import pandas as pd
 from oms_core import cache, captions
 from oms_core.attacks import Learned, Probe
 from oms_core.catalog import Model
-from oms_core.device import DTYPES, MODES, Placement, batch_size, fitting, place
+from oms_core.device import DTYPES, FIRST_BATCH, MODES, Placement, batch_size, fitting, place
 from oms_core.errors import InputError
 from oms_core.images import ImageSet
 from oms_core.learned import learn
@@ -159,7 +159,7 @@ def prepare(denoiser: Denoiser, mode: str) -> None:
         return
     denoiser.network.compile()
     try:
-        forward_pass(denoiser, 1)
+        forward_pass(denoiser, FIRST_BATCH)
     except Exception as error:  # a compiler fails in many ways, most often because there is none
         raise InputError("The network cannot be compiled on this machine; leave out --mode.") from error
 

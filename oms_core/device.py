@@ -130,5 +130,5 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether a device or the machine ran out of memory; CUDA has a class for it, MPS and the CPU only words."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    words = ("out of memory", "can't allocate memory")
+    words = ("out of memory", "can't allocate memory", "not enough memory")
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)

@@ -27,15 +27,16 @@ from oms_core.attacks import MEASURED
 from oms_core.compute import Progress, Shards, Tick, captioned, loaded, settled, shard_of, variant_of
 from oms_core.device import DTYPES, MODES, Placement, fitting, place
 from oms_core.errors import InputError
-from oms_core.run import Plan, Run, plan, task_of
+from oms_core.run import Plan, Run, Task, plan, task_of
 
 if TYPE_CHECKING:
     from oms_core.denoiser import Denoiser
 
 RETRIES = 2  # of a shard; without a limit one that kills its worker is tried for ever
+LATE = 60.0  # seconds in which a file that another machine wrote may stay unseen, as on NFS
 MOST_BLOCKS = 20_000  # what Ray schedules; of more shards several go together
 IN_FLIGHT = 1  # shards that an actor has; another would be lost with the one that kills it
-UNWRITTEN = "its results cannot be written into the cache; make room, or name another folder in OMS_CACHE."
+UNWRITTEN = "A worker cannot write its results into the cache; make room, or name another folder in OMS_CACHE."
 MARK = "oms-explorer"  # a file in the folder of a Ray cluster that was started here
 
 
@@ -64,7 +65,7 @@ class Errand:
         auxiliary: whether it is the auxiliary pictures.
         keys: of the results, so that a worker that sees other pictures or another model notices.
         folder, cache: where the driver works and keeps results; both must be the same place for all.
-        threads: see `Cluster`.
+        threads, gpus: see `Cluster`.
         variant: how to compute.
     """
 
@@ -75,6 +76,7 @@ class Errand:
     folder: str
     cache: str
     threads: int
+    gpus: float
     variant: cache.Variant | None = None
 
     def accept(self) -> Plan:
@@ -88,6 +90,8 @@ class Errand:
         os.chdir(self.folder)
         os.environ["OMS_CACHE"] = self.cache
         torch.set_num_threads(self.threads)
+        if 0 < self.gpus < 1 and torch.cuda.is_available():  # a batch must fit beside those of the others
+            torch.cuda.set_per_process_memory_fraction(self.gpus)
         os.environ["LOKY_MAX_CPU_COUNT"] = str(self.threads)  # if pictures have to be looked at here
         planned = plan(self.run)
         moved = replace(planned, images=planned.auxiliary if self.auxiliary else planned.images, tasks=())
@@ -100,8 +104,8 @@ class Errand:
         return replace(moved, tasks=tasks)
 
 
-def errand_of(planned: Plan, threads: int) -> Errand:
-    """What workers are told of a plan."""
+def errand_of(planned: Plan, room: Cluster) -> Errand:
+    """What the workers of a cluster are told of a plan."""
     return Errand(
         run=planned.run,
         attacks=tuple(task.attack.name for task in planned.tasks),
@@ -109,7 +113,8 @@ def errand_of(planned: Plan, threads: int) -> Errand:
         keys=tuple(task.key for task in planned.tasks),
         folder=os.getcwd(),
         cache=str(cache.home().resolve()),
-        threads=threads,
+        threads=room.threads,
+        gpus=room.gpus or 0.0,
     )
 
 
@@ -118,6 +123,7 @@ class Scorer:
 
     def __init__(self, errand: Errand) -> None:
         self.errand = errand
+        self.sick = False
 
     @cached_property
     def shards(self) -> Shards:
@@ -136,29 +142,42 @@ class Scorer:
     def __call__(self, rows: dict[str, Any]) -> dict[str, list]:
         """Compute and keep a shard, unless it is finished.
 
+        After a failure that nobody foresaw, a lost GPU say, the next shard is not even tried: this process ends, and
+        Ray gives the shard to a new one.
+
         Args:
             rows: `shard`, one number.
 
         Returns:
-            `shard`, `error` (one sentence, or nothing), `worker` (its process), and when it `began` and `ended`, in
-            seconds since 1970; it begins when the model is loaded.
+            `shard`, `error` (one sentence, or nothing), whether the user has to act on it (`final`), `worker` (its
+            process), and when it `began` and `ended`, in seconds since 1970; it begins when the model is loaded.
         """
-        shard, began = int(rows["shard"][0]), time.time()
+        if self.sick:
+            os._exit(1)
+        shard, began, error, final = int(rows["shard"][0]), time.time(), "", False
         try:
             denoiser = self.denoiser
             began = time.time()
             self.score(denoiser, shard)
-            error = "" if len(self.shards.kept(shard)) == len(self.shards.entries) else UNWRITTEN
+        except InputError as problem:
+            error, final = str(problem), True
         except Exception as problem:  # a receipt says what no log of a lost machine would
-            error = sentence(problem)
-        return {"shard": [shard], "error": [error], "worker": [os.getpid()], "began": [began], "ended": [time.time()]}
+            error, self.sick = sentence(problem), True
+        said = {"shard": shard, "error": error, "final": final, "worker": os.getpid(), "began": began}
+        return {name: [value] for name, value in (said | {"ended": time.time()}).items()}
 
     def score(self, denoiser: Denoiser, shard: int) -> None:
-        """Compute and keep a shard."""
+        """Compute and keep a shard.
+
+        Raises:
+            InputError: the device runs out of memory, a picture has changed, or the cache cannot be written.
+        """
         with fitting(self.placement, self.errand.variant.batch), ThreadPoolExecutor(1) as writer:
             images = captioned(replace(self.shards.plan, images=self.shards.images(shard)), self.placement)
             for _ in shard_of(denoiser, self.shards, shard, images, writer):
                 pass
+        if len(self.shards.kept(shard)) < len(self.shards.entries):
+            raise InputError(UNWRITTEN)
 
 
 def sentence(problem: Exception) -> str:
@@ -170,30 +189,58 @@ def compute_on(cluster: Cluster, planned: Plan, tick: Tick | None = None) -> dic
     """The same as `oms_core.compute.compute`, on a cluster.
 
     Raises:
-        InputError: Ray is not installed, the cluster has no room, or shards could not be computed; what is
-            finished stays, and the same call goes on from there.
+        InputError: Ray is not installed, the cluster has no room, a worker says what the user has to do, or shards
+            could not be computed; what is finished stays, and the same call goes on from there.
     """
     with started(cluster) as room:
         shards = Shards(planned, settled_there(planned, room))
-        errand = replace(errand_of(planned, room.threads), variant=shards.variant)
-        todo, problems = shards.missing(), []
+        errand = replace(errand_of(planned, room), variant=shards.variant)
+        todo, receipts = shards.missing(), []
         done = len(planned.images) - sum(len(shards.places[shard]) for shard in todo)
-        for receipt in scatter(todo, Scorer, errand, room):
-            if receipt["error"]:
-                problems.append(receipt["error"])
-                continue
-            done += len(shards.places[receipt["shard"]])
+        for receipt in tried(todo, errand, room):
+            receipts.append(receipt)
+            done += 0 if receipt["error"] else len(shards.places[receipt["shard"]])
             if tick:
                 tick(Progress(done, len(planned.images), {}))
-        refuse_missing(shards, problems)
+    kept = all_kept(shards, [receipt["shard"] for receipt in receipts if not receipt["error"]])
+    refuse_missing(shards, kept, [receipt["error"] for receipt in receipts if receipt["error"]])
     shards.finish()
-    kept = [shards.kept(shard) for shard in range(len(shards))]
-    return {task.attack.name: pd.concat([one[task] for one in kept], ignore_index=True) for task in planned.tasks}
+    return {task.attack.name: pd.concat([one.pop(task) for one in kept], ignore_index=True) for task in planned.tasks}
 
 
-def refuse_missing(shards: Shards, problems: list[str]) -> None:
+def tried(todo: list[int], errand: Errand, room: Cluster) -> Iterator[dict[str, Any]]:
+    """The receipts of shards; one that failed is tried again by new workers before its receipt counts.
+
+    Raises:
+        InputError: a worker says what the user has to do; nothing more is computed.
+    """
+    for left in reversed(range(1 + RETRIES)):
+        failed = []
+        for receipt in scatter(todo, Scorer, errand, room):
+            if receipt["final"]:
+                raise InputError(receipt["error"])
+            if receipt["error"] and left:
+                failed.append(receipt["shard"])
+            else:
+                yield receipt
+        todo = failed
+
+
+def all_kept(shards: Shards, finished: list[int]) -> list[dict[Task, pd.DataFrame]]:
+    """What there is of every shard; of those that a worker has finished, it may take a while to be seen here."""
+    kept, until = [shards.kept(shard) for shard in range(len(shards))], time.monotonic() + LATE
+    while unseen := [shard for shard in finished if len(kept[shard]) < len(shards.entries)]:
+        if time.monotonic() > until:
+            break
+        time.sleep(1)
+        for shard in unseen:
+            kept[shard] = shards.kept(shard)
+    return kept
+
+
+def refuse_missing(shards: Shards, kept: list[dict[Task, pd.DataFrame]], problems: list[str]) -> None:
     """Say which shards are not there, and the first reason."""
-    missing = shards.missing()
+    missing = [shard for shard, found in enumerate(kept) if len(found) < len(shards.entries)]
     if missing:
         why = problems[0] if problems else "their workers were lost again and again."
         raise InputError(
@@ -215,7 +262,7 @@ def settled_there(planned: Plan, room: Cluster) -> cache.Variant:
     if run.device and run.batch:
         return variant_of(run, Placement(run.device, run.dtype or DTYPES[0], run.mode or MODES[0]), run.batch)
     settle = ray.remote(num_cpus=room.threads, num_gpus=room.gpus, max_retries=RETRIES)(settle_for)
-    found = ray.get(settle.remote(errand_of(planned, room.threads)))
+    found = ray.get(settle.remote(errand_of(planned, room)))
     if isinstance(found, str):
         raise InputError(found)
     return found
@@ -368,7 +415,7 @@ def room_in(cluster: Cluster, nodes: list[dict[str, float]]) -> Cluster:
 
     def fitting_on(node: dict[str, float]) -> int:
         most = node.get("CPU", 0) // cluster.threads
-        return int(min(most, node.get("GPU", 0) // each) if each else most)
+        return int(min(most, on_gpus(node.get("GPU", 0), each)) if each else most)
 
     most = sum(map(fitting_on, nodes))
     if not most or cluster.workers > most:
@@ -377,3 +424,8 @@ def room_in(cluster: Cluster, nodes: list[dict[str, float]]) -> Cluster:
             f"{cluster.threads} threads and {each:g} GPUs; ask for at most {most}."
         )
     return Cluster(cluster.workers or most, cluster.threads, each)
+
+
+def on_gpus(gpus: float, each: float) -> float:
+    """How many workers so many GPUs have room for; a part of a GPU is a part of one."""
+    return gpus // each if each >= 1 else int(gpus) * int(round(1 / each, 6))

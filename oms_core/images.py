@@ -130,8 +130,19 @@ def opened(name: str, content: dict[str, Any] | None = None) -> ImageSet:
     if len(known) != count:  # a file came or went between the stamps and now
         cache.forget(content)
         return opened(name)
-    looks = known.itertuples(index=False, name=None)
+    looks = without_passing_reasons(known, found).itertuples(index=False, name=None)
     return collected(name, found, looks, changed=lambda: cache.forget(content))
+
+
+def without_passing_reasons(known: pd.DataFrame, found: Rows) -> pd.DataFrame:
+    """What was seen of each picture, after another try where no bytes could be read, which may have been the disk's
+    fault."""
+    unread = [*known.index[known.image == ""]]
+    if not unread:
+        return known
+    looks = look_through(lambda number: found.read(unread[number]), len(unread))
+    again = pd.DataFrame(looks, columns=Look._fields, index=unread)
+    return pd.concat([known.drop(unread), again]).sort_index()
 
 
 def located(name: str) -> Rows:

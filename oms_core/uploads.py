@@ -41,7 +41,9 @@ def received(files: Sequence[tuple[str, bytes]]) -> ImageSet:
 
     def read(number: int) -> bytes:
         if time.monotonic() > until:
-            raise InputError(f"left out, as the pictures before it took {PATIENCE:.0f} seconds; use fewer or smaller")
+            raise InputError(
+                f"left out, as {PATIENCE:.0f} seconds were over before its turn came; try again, or use fewer"
+            )
         return sources[number]()
 
     looks = look_through(read, len(listed), together=1, processes=LOOKING)

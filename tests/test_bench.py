@@ -9,8 +9,10 @@ import pytest
 
 from oms_core import bench
 from oms_core.__main__ import main
-from oms_core.bench import base, cluster, engine, memory
+from oms_core.bench import app, base, cluster, engine, gradients, memory, network
 from oms_core.bench.base import Subject, in_turns, middle_ratio, row
+from oms_core.device import MODES
+from oms_core.distributed import Cluster, started
 from oms_core.images import open_images
 
 SUBJECT = Subject("ddpm-digits", 16, 8)
@@ -89,7 +91,8 @@ def test_the_pictures_for_a_cluster_are_all_different_files(tmp_path: Path) -> N
 
 def test_bench_prints_rows_and_draws_its_targets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "bench.html"
-    assert main(["bench", "engine", "--pictures", "8", "--json", "--out", str(out)]) == 0
+    small = ["--model", "ddpm-digits", "--pictures", "8", "--mode", "channels_last"]
+    assert main(["bench", "engine", *small, "--json", "--out", str(out)]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert {line["part"] for line in rows} == {"engine"}
     assert all({"name", "value", "unit"} <= set(line) for line in rows)
@@ -104,6 +107,60 @@ def test_what_cannot_be_measured_is_refused(
 ) -> None:
     assert main(["bench", *arguments]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_the_network_is_tried_in_every_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network, "TURNS", 1)
+    monkeypatch.setattr(network, "MODES", MODES[:2])
+    found = network.network_rows(SUBJECT)
+    ratios = [line for line in found if line["name"].endswith("/ eager float32")]
+    assert {line["name"].partition(" /")[0] for line in ratios} == {
+        "channels_last float32", "eager float16", "eager bfloat16"
+    }  # fmt: skip
+    assert all(line["value"] > 0 and "sd" in line["drift of a score"] for line in ratios)
+
+
+def test_a_small_and_a_large_set_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"SMALL": 16, "LARGE": 64, "TURNS": 4}.items():
+        monkeypatch.setattr(memory, name, value)
+    found = memory.grown(SUBJECT)
+    assert found["time"] > 0
+    assert found["memory"] >= 0
+    assert found["parts"] == 1
+
+
+def test_memory_gradients_and_the_app_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "TURNS", 1)
+    for name, value in {"TURNS": 1, "BATCH": 8, "ALONE": 2}.items():
+        monkeypatch.setattr(gradients, name, value)
+    found = memory.memory_rows(SUBJECT) + gradients.gradient_rows(SUBJECT) + app.app_rows(SUBJECT)
+    assert [line["holds"] for line in found if "target" in line]
+    assert all(line["value"] > 0 for line in found)
+
+
+def test_a_cluster_and_its_scheduler_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"PICTURES": 1024, "TURNS": 1, "BARE": 0.1, "NO_WORK": 60, "WRITTEN": 3}.items():
+        monkeypatch.setattr(cluster, name, value)
+    monkeypatch.setattr(cluster, "COMPARED", ("NA",))
+    subject = Subject("ddpm-digits", 512, 64)
+    with started(Cluster(2)):
+        found = cluster.cluster_rows(subject) + cluster.scheduler_rows(subject)
+    values = {line["name"].partition(",")[0]: line["value"] for line in found}
+    assert values["60 shards without work"] == 60
+    assert values["the same"] > values["one worker / local engine"]
+    assert all(value > 0 for name, value in values.items() if "waits" not in name)
+
+
+def test_each_part_is_measured_on_what_its_targets_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Subject] = []
+    for name, part in bench.PARTS.items():
+        monkeypatch.setitem(bench.PARTS, name, part._replace(measure=lambda subject: told.append(subject) or []))
+    monkeypatch.setattr(bench, "batch_for", lambda *_: 32)
+    bench.bench(("engine", "kills"))
+    assert told == [Subject("ddpm-fashion", 1500, 32), Subject("ddpm-digits", 512, 32)]
+    told.clear()
+    bench.bench((bench.ALL,), model="uvit-digits", pictures=20, mode="compiled")
+    assert told == [Subject("uvit-digits", 20, 32, mode="compiled")] * len(bench.PARTS)
 
 
 def test_every_part_is_named_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:

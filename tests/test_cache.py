@@ -237,6 +237,20 @@ def test_a_finished_result_with_a_damaged_part_is_not_used(name: str) -> None:
     assert list(variants(KEY)) == []
 
 
+def test_what_cannot_be_read_for_a_while_is_found_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = written()
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ESTALE, "stale file handle")
+
+    for place, name in ((cache, "file_digest"), (pq, "read_table")):
+        with monkeypatch.context() as broken:
+            broken.setattr(place, name, fail)
+            assert read_finished(entry.folder, KEY) is None
+        assert set_aside(entry.folder) == []
+    pd.testing.assert_frame_equal(read_finished(entry.folder, KEY), both())
+
+
 @pytest.mark.parametrize(
     "manifest",
     [

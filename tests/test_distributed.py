@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -16,21 +15,35 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 from poison import crashing_on, named, pictures_with
 from test_pages import opened
 
 from oms_core import cache, distributed
-from oms_core.__main__ import main
-from oms_core.compute import Shards, compute, settled
+from oms_core.bench import kills
+from oms_core.bench.kills import Harm
+from oms_core.compute import SHARD, Shards, compute, settled
 from oms_core.device import FIRST_BATCH
-from oms_core.distributed import MARK, Cluster, compute_on, errand_of, room_in, scatter, started, sweep
+from oms_core.distributed import (
+    MARK,
+    RETRIES,
+    Cluster,
+    Scorer,
+    all_kept,
+    compute_on,
+    errand_of,
+    room_in,
+    scatter,
+    started,
+    sweep,
+    tried,
+)
 from oms_core.errors import InputError
 from oms_core.run import Run, plan
 
 KILLS = int(os.environ.get("OMS_KILLS", "1"))  # of a worker and then of the driver
-SHARDS = 4
 ROOT = Path(__file__).resolve().parent.parent
-TWO = Cluster(workers=2)
+ONE, TWO = Cluster(1, 1, 0.0), Cluster(workers=2)
 RUN = Run(model="ddpm-digits", attacks=("NA",), t=300, steps=10, limit=600, batch=64, device="cpu")
 
 
@@ -88,14 +101,91 @@ def test_a_shard_that_kills_its_worker_is_given_up_and_the_others_are_not(ray: N
     with started(TWO) as room:
         receipts = {one["shard"]: one["error"] for one in scatter([*range(12)], Killer, str(tmp_path), room)}
     assert receipts == {shard: "it is full" if shard == 5 else "" for shard in range(12) if shard != 3}
-    assert 1 < len((tmp_path / "3").read_text()) <= 1 + distributed.RETRIES
+    assert 1 < len((tmp_path / "3").read_text()) <= 1 + RETRIES
+
+
+def test_a_shard_that_failed_is_tried_again_and_a_word_to_the_user_ends_everything(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[list[int]] = []
+
+    def answers(*problems: dict[int, str], final: bool = False) -> None:
+        asked.clear()
+
+        def scattered(shards: list[int], *_: Any) -> Iterator[dict[str, Any]]:
+            said = problems[min(len(asked), len(problems) - 1)]
+            asked.append(shards)
+            yield from ({"shard": k, "error": said.get(k, ""), "final": final and k in said} for k in shards)
+
+        monkeypatch.setattr(distributed, "scatter", scattered)
+
+    def receipts() -> dict[int, str]:
+        return {one["shard"]: one["error"] for one in tried([0, 1, 2], None, ONE)}
+
+    answers({1: "lost GPU"}, {})
+    assert receipts() == {0: "", 1: "", 2: ""}
+    assert asked == [[0, 1, 2], [1], []]
+    answers({1: "lost GPU"})
+    assert receipts() == {0: "", 1: "lost GPU", 2: ""}
+    assert asked == [[0, 1, 2], [1], [1]]
+    answers({1: "the disk is full; make room."}, final=True)
+    with pytest.raises(InputError, match="the disk is full; make room"):
+        receipts()
+    assert asked == [[0, 1, 2]]
+
+
+def test_a_worker_answers_what_went_wrong_and_ends_before_the_next_shard(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing(Scorer):
+        denoiser = None
+
+        def __init__(self, problem: Exception) -> None:
+            super().__init__(None)
+            self.problem = problem
+
+        def score(self, denoiser: Any, shard: int) -> None:
+            raise self.problem
+
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    refused = Failing(InputError("cuda ran out of memory at 64 pictures at once; run again with a batch size of 32."))
+    for _ in range(2):
+        receipt = refused({"shard": [4]})
+        assert (receipt["shard"], receipt["final"]) == ([4], [True])
+        assert receipt["error"][0].endswith("run again with a batch size of 32.")
+    broken = Failing(RuntimeError("device-side assert"))
+    receipt = broken({"shard": [4]})
+    assert (receipt["error"], receipt["final"]) == (["RuntimeError: device-side assert."], [False])
+    with pytest.raises(SystemExit):
+        broken({"shard": [5]})
+
+
+def test_a_file_that_is_seen_late_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMS_CACHE", str(tmp_path))
+    planned = plan(RUN)
+    shards = Shards(planned, settled(planned))
+    entry, rows = shards.entries[planned.tasks[0]], pd.DataFrame({"image": ["a"]})
+    monkeypatch.setattr(time, "sleep", lambda _: entry.write(1, rows))
+    assert [len(found) for found in all_kept(shards, [])] == [0, 0]
+    assert [len(found) for found in all_kept(shards, [1])] == [0, 1]
+    monkeypatch.setattr(distributed, "LATE", -1.0)
+    assert [len(found) for found in all_kept(shards, [0, 1])] == [0, 1]
+
+
+def test_workers_that_share_a_gpu_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    shares: list[float] = []
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
+    for gpus in (0.0, 0.25, 1.0, 2.0):
+        errand_of(plan(RUN), Cluster(1, 1, gpus)).accept()
+    assert shares == [0.25]
 
 
 def test_missing_shards_are_counted_with_the_first_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMS_CACHE", str(tmp_path))
     planned = plan(RUN)
     with pytest.raises(InputError) as refused:
-        distributed.refuse_missing(Shards(planned, settled(planned)), ["it is full."])
+        distributed.refuse_missing(Shards(planned, settled(planned)), [{}, {}], ["it is full."])
     assert str(refused.value).startswith("2 of 2 shards are missing, first number 0: it is full. The finished ones")
 
 
@@ -104,19 +194,20 @@ def test_a_worker_finds_the_device_and_a_batch_where_none_is_named(
 ) -> None:
     monkeypatch.setenv("OMS_CACHE", str(tmp_path))
     planned = plan(replace(RUN, batch=0, device=""))
-    found = distributed.settled_there(planned, Cluster(1, 1, 0.0))
+    found = distributed.settled_there(planned, ONE)
     assert (found.device, found.dtype, found.mode, found.steps) == ("cpu", "float32", "eager", 10)
     assert found.batch >= FIRST_BATCH
-    assert distributed.settled_there(plan(RUN), Cluster(1, 1, 0.0)) == settled(plan(RUN))
+    assert distributed.settled_there(plan(RUN), ONE) == settled(plan(RUN))
     with pytest.raises(InputError, match="no usable cuda"):
-        distributed.settled_there(plan(replace(RUN, batch=0, device="cuda")), Cluster(1, 1, 0.0))
+        distributed.settled_there(plan(replace(RUN, batch=0, device="cuda")), ONE)
 
 
 def test_a_worker_that_sees_other_pictures_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = pictures_with(tmp_path / "set", 4, [])
-    errand = errand_of(plan(Run(images=str(folder), attacks=("NA",))), 1)
+    errand = errand_of(plan(Run(images=str(folder), attacks=("NA",))), ONE)
     (folder / named(2)).unlink()
     monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")  # as it becomes, and is no longer afterwards
     with pytest.raises(InputError, match="A worker sees another model or other pictures"):
         errand.accept()
 
@@ -128,6 +219,9 @@ def test_a_worker_that_sees_other_pictures_refuses(tmp_path: Path, monkeypatch: 
         (Cluster(threads=3), {"CPU": 8.0}, Cluster(2, 3, 0.0)),
         (Cluster(), {"CPU": 64.0, "GPU": 4.0}, Cluster(4, 1, 1.0)),
         (Cluster(gpus=0.5), {"CPU": 64.0, "GPU": 4.0}, Cluster(8, 1, 0.5)),
+        (Cluster(gpus=0.1), {"CPU": 64.0, "GPU": 1.0}, Cluster(10, 1, 0.1)),
+        (Cluster(gpus=0.6), {"CPU": 64.0, "GPU": 4.0}, Cluster(4, 1, 0.6)),
+        (Cluster(gpus=2), {"CPU": 64.0, "GPU": 5.0}, Cluster(2, 1, 2)),
         (Cluster(workers=3, gpus=0), {"CPU": 64.0, "GPU": 4.0}, Cluster(3, 1, 0)),
     ],
 )
@@ -162,77 +256,26 @@ def test_only_what_was_started_here_and_is_dead_is_swept(tmp_path: Path) -> None
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([names["alive"], f"session_2_{gone.pid}"])
 
 
-def command(cached: Path, *more: str) -> list[str]:
-    settings = ["--model", "ddpm-digits", "--attack", "NA", "--t", "300", "--steps", "3"]
-    settings += ["--batch", "64", "--device", "cpu"]
-    return [sys.executable, "-m", "oms_core", "score", *settings, "--out", f"{cached}.parquet", *more]
-
-
-def workers(driver: int) -> list[int]:
-    """The processes of a driver that hold a model."""
-    titles = {path.parent.name: read_or_nothing(path) for path in Path("/proc").glob("[0-9]*/cmdline")}
-    held = [int(process) for process, title in titles.items() if title.startswith("ray::") and "Scorer" in title]
-    return [process for process in held if driver in ancestors(process)]
-
-
-def ancestors(process: int) -> list[int]:
-    found = [process]
-    while found[-1] > 1:
-        said = read_or_nothing(Path(f"/proc/{found[-1]}/status"))
-        found.append(int(said.partition("PPid:")[2].split()[0]) if said else 0)
-    return found
-
-
-def read_or_nothing(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:  # it has ended
-        return ""
-
-
-def parts(cached: Path) -> dict[Path, int]:
-    """The finished shards, and when they were finished."""
-    return {path: path.stat().st_mtime_ns for path in cached.rglob("part-*.parquet") if "any-" not in str(path)}
-
-
-def killed(kind: str, driver: subprocess.Popen, cached: Path, chance: random.Random) -> None:
-    """End a worker, or the driver, at a random moment after its first shard."""
-    before, deadline = len(parts(cached)), time.monotonic() + 120
-    while len(parts(cached)) == before and driver.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    time.sleep(chance.random())
-    victims = workers(driver.pid)[:1] if kind == "worker" else [driver.pid]
-    assert victims
-    os.kill(victims[0], signal.SIGKILL)
-
-
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="workers are found in /proc")
-def test_whoever_is_killed_nothing_is_lost_and_a_poisoned_picture_is_only_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder, healthy = (pictures_with(tmp_path / name, SHARDS * 512, bad) for name, bad in (("set", [7]), ("same", [])))
+def test_whoever_is_killed_nothing_is_lost_and_a_poisoned_picture_is_only_named(tmp_path: Path) -> None:
+    count = kills.SHARDS * SHARD
+    folder, healthy = (pictures_with(tmp_path / name, count, bad) for name, bad in (("set", [7]), ("same", [])))
     (healthy / named(7)).unlink()
-    local, cached, log = tmp_path / "local", tmp_path / "ray", tmp_path / "log"
-    monkeypatch.setenv("OMS_CACHE", str(local))
-    assert main(command(local, "--images", str(healthy))[3:]) == 0
-    images, chance = ["--images", str(folder)], random.Random(KILLS)
-    environment = os.environ | crashing_on(tmp_path)
-    again = command(cached, *images, "--engine", "ray", "--workers", "2")
-    for last in [False] * KILLS + [True]:
-        finished = parts(cached)
-        with log.open("w") as said:  # no pipe, which would stay open until Ray notices, after a minute
-            driver = subprocess.Popen(again, cwd=ROOT, env=environment | {"OMS_CACHE": str(cached)}, stderr=said)
-        for victim in () if last else ("worker", "driver"):
-            killed(victim, driver, cached, chance)
-        driver.wait(300)
-        assert driver.returncode == (0 if last else -signal.SIGKILL), log.read_text()[-2000:]
-        assert {path: parts(cached).get(path) for path in finished} == finished  # they stay
-        if not last:  # leave some for the next
-            for path in sorted(parts(cached))[2:]:
-                path.unlink(missing_ok=True)
-    assert f"not scored: {named(7)}: it crashes the decoder" in log.read_text()
-    assert set(parts(cached)) == {cached / path.relative_to(local) for path in parts(local)}
-    assert all(path.read_bytes() == (local / path.relative_to(cached)).read_bytes() for path in parts(cached))
-    pd.testing.assert_frame_equal(
-        pd.read_parquet(f"{local}.parquet"), pd.read_parquet(f"{cached}.parquet"), check_exact=True
-    )
+    harm = kills.survived("ddpm-digits", folder, tmp_path, KILLS, healthy, **crashing_on(tmp_path))
+    assert harm.log.count(f"not scored: {named(7)}: it crashes the decoder") == 2  # said by both of the last drivers
+    assert replace(harm, log="") == Harm(kills=2 * KILLS)
+
+
+def test_what_kills_may_do_is_told_from_what_they_may_not(tmp_path: Path) -> None:
+    before = {tmp_path / "part-000000.parquet": 1, tmp_path / "part-000001.parquet": 1}
+    notes = tmp_path / "notes"
+    notes.write_text("2\n3\n3\n")
+    assert kills.computed_again(notes, before, 1) == 0  # the one in flight
+    notes.write_text("2\n3\n3\n2\n")
+    assert kills.computed_again(notes, before, 1) == 1
+    notes.write_text("0\n2\n")
+    assert kills.computed_again(notes, before, 1) == 1  # it was finished
+    assert kills.lost(before, tmp_path) == 2
+    (tmp_path / "part-000000.parquet").touch()
+    assert kills.lost({tmp_path / "part-000000.parquet": 1}, tmp_path) == 1  # it is another one
+    assert kills.lost(kills.parts(tmp_path), tmp_path) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import random
@@ -394,6 +395,25 @@ def test_another_process_need_not_look_through_an_unchanged_folder(tmp_path: Pat
     pd.testing.assert_frame_equal(again.rejected, first.rejected)
     rewritten(folder / "member/a.png", C)
     assert images.sha256(C) in set(open_images(str(folder)).table.image)
+
+
+def test_a_picture_that_could_not_be_read_for_a_while_is_not_left_out_for_good(
+    tmp_path: Path, opened: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = folder_of(tmp_path / "set", {"member/a.png": A, "nonmember/b.png": B, "member/c.png": b"no picture"})
+    reading = os.open
+
+    def fail(path: object, *how: object) -> int:
+        if str(path).endswith("a.png"):
+            raise OSError(errno.EIO, "the disk does not answer")
+        return reading(path, *how)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "open", fail)
+        assert len(open_images(str(folder))) == 1
+    images.remembered.cache_clear()
+    assert {*open_images(str(folder)).table.image} == {images.sha256(A), images.sha256(B)}
+    assert sorted(opened) == sorted([A, B, b"no picture"])  # what was seen is not looked at again
 
 
 def test_a_change_behind_the_same_stamp_is_noticed_and_forgotten(tmp_path: Path, opened: list[bytes]) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
 from oms_core import compute
 from oms_core.cache import Variant, begun, key_of
 from oms_core.denoiser import Denoiser
+from oms_core.device import FIRST_BATCH
 from oms_core.errors import InputError
 from oms_core.run import Run, lookup, plan
 
@@ -30,11 +33,23 @@ def test_channels_last_is_the_same_up_to_rounding_and_a_result_of_its_own(run: R
     assert lookup(plan(run))["NA"].equals(plain)
 
 
+@pytest.mark.skipif(not shutil.which("c++"), reason="there is no C++ compiler, which compiling needs")
+def test_a_compiled_network_is_the_same_up_to_rounding_and_keeps_its_shards(run: Run, cache_folder: Path) -> None:
+    run = replace(run, batch=FIRST_BATCH)  # for which it is compiled first
+    plain, other = compute.score(run)["NA"], replace(run, mode="compiled")
+    found = compute.score(other)["NA"]
+    torch.testing.assert_close(torch.tensor(found["d(0,2) p=2"]), torch.tensor(plain["d(0,2) p=2"]))
+    for path in cache_folder.rglob("*-compiled/*"):
+        path.unlink()
+    pd.testing.assert_frame_equal(compute.score(other)["NA"], found, check_exact=True)
+
+
 def test_a_network_that_cannot_be_compiled_is_refused_in_a_sentence(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(self: torch.nn.Module) -> None:
         self.forward = None  # as a compiler that is missing shows at the first call
 
     monkeypatch.setattr(torch.nn.Module, "compile", fail)
+    compute.loaded.cache_clear()
     with pytest.raises(InputError, match="cannot be compiled on this machine; leave out --mode"):
         compute.score(replace(run, mode="compiled"))
 

@@ -179,8 +179,11 @@ class Search(Attack):
         """One pass to n = N gives every distance."""
         given, f = self.search(probe, t)
         trajectory = fixed_point(f, given, steps, probe.scheme)
-        differences = {(i, j): trajectory.difference(i, j) for i, j in pairs(steps)}
-        return {column(i, j, p): norm(apart, p) for p in NORMS for (i, j), apart in differences.items()}
+        found = {}
+        for i, j in pairs(steps):  # one difference after the other, since all of them are as large as many batches
+            apart = trajectory.difference(i, j)
+            found |= {column(i, j, p): norm(apart, p) for p in NORMS}
+        return {name: found[name] for name in self.columns(steps)}
 
     def score(self, rows: pd.DataFrame, n: int) -> np.ndarray:
         """-d(0, n) (Eq. 9)."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -12,49 +14,74 @@ from oms_core.bench.base import Row, Subject
 from oms_core.bench.cluster import cluster_rows, scheduler_rows
 from oms_core.bench.engine import engine_rows
 from oms_core.bench.gradients import gradient_rows
+from oms_core.bench.kills import kill_rows
 from oms_core.bench.memory import growth_rows, memory_rows
 from oms_core.bench.network import network_rows
 from oms_core.compute import batch_for
-from oms_core.device import place
 from oms_core.errors import InputError
 from oms_core.figures import Chart, layout
-from oms_core.run import Run, plan
 
-PARTS: dict[str, Callable[[Subject], list[Row]]] = {
-    "network": network_rows,
-    "engine": engine_rows,
-    "gradients": gradient_rows,
-    "app": app_rows,
-    "memory": memory_rows,
-    "growth": growth_rows,
-    "cluster": cluster_rows,
-    "scheduler": scheduler_rows,
+
+class Part(NamedTuple):
+    """A part of the measurement.
+
+    Attributes:
+        measure: from what is measured with to its rows.
+        model, pictures: with which the targets are to be reached.
+        quick: whether it is over in some minutes.
+    """
+
+    measure: Callable[[Subject], list[Row]]
+    model: str = "ddpm-digits"
+    pictures: int = 512
+    quick: bool = True
+
+
+PARTS = {
+    "network": Part(network_rows),
+    "engine": Part(engine_rows, "ddpm-fashion", 1500),
+    "gradients": Part(gradient_rows),
+    "app": Part(app_rows),
+    "memory": Part(memory_rows, "ddpm-fashion", 1500),
+    "growth": Part(growth_rows, quick=False),
+    "cluster": Part(cluster_rows, quick=False),
+    "scheduler": Part(scheduler_rows, quick=False),
+    "kills": Part(kill_rows, quick=False),
 }
-QUICK = ("network", "engine", "gradients", "app", "memory")  # the others take many minutes
+QUICK = tuple(name for name, part in PARTS.items() if part.quick)
+ALL = "all"
 KEPT, MISSED = "#2a78d6", "#e34948"
 
 
-def bench(model: str, pictures: int, parts: Sequence[str] = QUICK) -> list[Row]:
+def bench(
+    parts: Sequence[str] = QUICK, model: str = "", pictures: int | None = None, dtype: str = "", mode: str = ""
+) -> list[Row]:
     """Measure some parts.
 
     Args:
-        model: the model to measure with.
-        pictures: how many are scored.
-        parts: names of `PARTS`.
+        parts: names of `PARTS`, or `ALL`.
+        model: the model to measure with; by default each part's own.
+        pictures: how many are scored; by default as many as the part's targets say.
+        dtype, mode: how the network runs, see `oms_core.device`.
 
     Returns:
         Rows of part, name, value, unit, target, holds; what is only good to know has no target.
 
     Raises:
-        InputError: there is no such part or model.
+        InputError: there is no such part, model, precision or mode.
     """
-    for part in parts:
-        if part not in PARTS:
-            raise InputError(f"There is no part {part!r}; known are {', '.join(PARTS)}.")
-    if pictures < 1:
+    for name in parts:
+        if name not in (*PARTS, ALL):
+            raise InputError(f"There is no part {name!r}; known are {', '.join(PARTS)}, and {ALL}.")
+    if pictures is not None and pictures < 1:
         raise InputError(f"pictures is {pictures}; it must be at least 1.")
-    subject = Subject(model, pictures, batch_for(plan(Run(model, limit=pictures)), place()))
-    return [{"part": part, **row} for part in dict.fromkeys(parts) for row in PARTS[part](subject)]
+    rows = []
+    for name in PARTS if ALL in parts else dict.fromkeys(parts):
+        part = PARTS[name]
+        subject = Subject(model or part.model, pictures or part.pictures, dtype=dtype, mode=mode)
+        subject = replace(subject, batch=batch_for(subject.plan(), subject.placement))
+        rows += [{"part": name, **row} for row in part.measure(subject)]
+    return rows
 
 
 def chart(rows: Sequence[Row]) -> Chart:

@@ -36,12 +36,15 @@ class Subject:
     Attributes:
         name: of the model.
         pictures: how many are scored.
-        batch: how many at once.
+        batch: how many at once; 0 for what pays.
+        dtype, mode: precision and way of the network, see `oms_core.device`.
     """
 
     name: str
     pictures: int
-    batch: int
+    batch: int = 0
+    dtype: str = ""
+    mode: str = ""
 
     @cached_property
     def model(self) -> Model:
@@ -49,7 +52,7 @@ class Subject:
 
     @cached_property
     def placement(self) -> Placement:
-        return place()
+        return place(dtype=self.dtype, mode=self.mode)
 
     @property
     def denoiser(self) -> Denoiser:
@@ -57,14 +60,20 @@ class Subject:
 
     def plan(self, attacks: tuple[str, ...] = COMPARED, limit: int | None = None) -> Plan:
         """Attacks on the first pictures of the model's own set, in batches of one size."""
-        return plan(Run(self.name, attacks=attacks, steps=STEPS, limit=limit or self.pictures, batch=self.batch))
+        return plan(self.run(attacks, limit=limit or self.pictures))
+
+    def run(self, attacks: tuple[str, ...] = COMPARED, **more: Any) -> Run:
+        """What is computed on which pictures, as it is computed in every measurement."""
+        how = {"batch": self.batch, "device": self.placement.device, "dtype": self.dtype, "mode": self.mode}
+        return Run(self.name, attacks=attacks, steps=STEPS, **how, **more)
 
 
 def row(name: str, value: float, unit: str = "", most: float | None = None, least: float | None = None) -> Row:
     """A measured value, perhaps against the most or the least that it should be."""
     found: Row = {"name": name, "value": float(f"{value:.4g}"), "unit": unit}
     if most is not None:
-        return found | {"target": f"at most {most:g}", "holds": value <= most, "of target": value / most}
+        share = value / most if most else 1 + value
+        return found | {"target": f"at most {most:g}", "holds": value <= most, "of target": share}
     if least is not None:
         return found | {"target": f"at least {least:g}", "holds": value >= least, "of target": least / value}
     return found
@@ -103,14 +112,20 @@ def bare_forward(denoiser: Denoiser, batch: int, t: int = 100) -> Callable[[], N
 
 
 @contextmanager
+def kept_in(folder: Path) -> Iterator[None]:
+    """Keep results in a folder."""
+    before = os.environ.get("OMS_CACHE")
+    os.environ["OMS_CACHE"] = str(folder)
+    try:
+        yield
+    finally:
+        os.environ.pop("OMS_CACHE")
+        if before is not None:
+            os.environ["OMS_CACHE"] = before
+
+
+@contextmanager
 def empty_cache() -> Iterator[Path]:
     """Keep results in a temporary folder, so that nothing is found."""
-    before = os.environ.get("OMS_CACHE")
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["OMS_CACHE"] = folder
-        try:
-            yield Path(folder)
-        finally:
-            os.environ.pop("OMS_CACHE")
-            if before is not None:
-                os.environ["OMS_CACHE"] = before
+    with tempfile.TemporaryDirectory() as folder, kept_in(Path(folder)):
+        yield Path(folder)

@@ -6,7 +6,11 @@ import io
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -16,35 +20,43 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from oms_core.bench.base import STEPS, Row, Subject, empty_cache, middle_ratio, row, timed
+from oms_core import cache
+from oms_core.attacks import COMPARED
+from oms_core.bench.base import Row, Subject, bare_forward, empty_cache, middle_ratio, row, timed
 from oms_core.compute import Shards, compute
-from oms_core.distributed import Cluster, Scorer, errand_of, scatter, settled_there, started
+from oms_core.distributed import Cluster, all_kept, errand_of, scatter, settled_there, started, tried
 from oms_core.images import TICK, open_images, remembered
-from oms_core.run import Plan, Run, plan
+from oms_core.run import Plan, plan
 
-PICTURES, TURNS = 20_480, 10  # four shards a turn
-ATTACKS = ("NA", "PIA", "PIAN")
+PICTURES, TURNS = 20_480, 5  # eight shards a turn
+BARE = 5.0  # seconds of bare forward passes
 NO_WORK = 100_000  # shards
+WRITTEN = 500  # shards that are kept and read back
 ALLOWED = {"workers": 1.8, "overhead": 1.10}
 
 
 def cluster_rows(subject: Subject) -> list[Row]:
     """This process with one thread, one worker and two workers of one thread each, group by group in turns."""
-    began, turns = time.time(), []
-    with tempfile.TemporaryDirectory() as folder, started(Cluster(2)):
-        up = time.time() - began
-        for number, path in enumerate(files_of_pictures(subject.model.images, Path(folder))):
-            fixed = {"batch": subject.batch, "device": subject.placement.device, "seed": number}
-            with empty_cache():
-                planned = plan(Run(subject.name, str(path), attacks=ATTACKS, steps=STEPS, **fixed))
-            turns.append({"local": local_seconds(planned), 1: on_cluster(planned, 1), 2: on_cluster(planned, 2)})
-    local = [turn["local"] for turn in turns]
+    turns = []
+    with tempfile.TemporaryDirectory() as folder, two_processes(subject) as both:
+        began = time.time()
+        with started(Cluster(2)):
+            up = time.time() - began
+            for number, path in enumerate(files_of_pictures(subject.model.images, Path(folder))):
+                with empty_cache():
+                    planned = plan(subject.run(images=str(path), seed=number))
+                local, one, two = local_seconds(planned), on_cluster(planned, 1), on_cluster(planned, 2)
+                turns.append({"local": local, "bare": bare_together(subject, both), 1: one, 2: two})
+    local, bare = [turn["local"] for turn in turns], statistics.median(turn["bare"] for turn in turns)
     one, two = ({key: [turn[workers][key] for turn in turns] for key in turns[0][1]} for workers in (1, 2))
-    what = f"{PICTURES:,} pictures, {' + '.join(ATTACKS)}, {subject.name}"
+    what = f"{PICTURES:,} pictures, {' + '.join(COMPARED)}, {subject.name}"
     faster, slower = middle_ratio(one["steady"], two["steady"]), middle_ratio(one["steady"], local)
+    once = up + statistics.median(one["whole"]) - statistics.median(one["steady"])
     return [
         row(f"two workers / one worker, pictures per second while all work, {what}", faster, least=ALLOWED["workers"]),
+        row("two processes / one, bare forward passes per second: what this machine gives", bare),
         row(f"one worker / local engine, seconds while it works, {what}", slower, most=ALLOWED["overhead"]),
+        row(f"the same, start and end included, {what}", slower + once / sum(local), most=ALLOWED["overhead"]),
         row("start of a cluster", up, "s"),
         row("start of one worker, model and all", statistics.median(one["start"]), "s"),
         row("start of two workers", statistics.median(two["start"]), "s"),
@@ -53,6 +65,34 @@ def cluster_rows(subject: Subject) -> list[Row]:
         row("one worker while it works", sum(one["steady"]), "s"),
         row("two workers while both work", sum(two["steady"]), "s"),
     ]
+
+
+@contextmanager
+def two_processes(subject: Subject) -> Iterator[list[Executor]]:
+    """Two processes that have loaded the model."""
+    with ExitStack() as stack:
+        both = [stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"))) for _ in range(2)]
+        for one in both:
+            one.submit(forwards, subject, 0.0).result()
+        yield both
+
+
+def bare_together(subject: Subject, both: list[Executor]) -> float:
+    """How many more forward passes two processes of one thread make than one alone."""
+    alone = both[0].submit(forwards, subject, BARE).result()
+    return sum(answer.result() for answer in [one.submit(forwards, subject, BARE) for one in both]) / alone
+
+
+def forwards(subject: Subject, seconds: float) -> int:
+    """Forward passes in so many seconds, with one thread."""
+    torch.set_num_threads(1)
+    forward, count = bare_forward(subject.denoiser, subject.batch), 0
+    forward()
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        forward()
+        count += 1
+    return count
 
 
 def files_of_pictures(name: str, folder: Path) -> list[Path]:
@@ -88,21 +128,25 @@ def local_seconds(planned: Plan) -> float:
 
 
 def on_cluster(planned: Plan, workers: int) -> dict[str, float]:
-    """Seconds until all workers work, seconds if they worked all the time, and the share in which they waited."""
+    """Seconds of all, seconds until all workers work, seconds if they worked all the time, and the share in which they
+    waited."""
     with empty_cache(), started(Cluster(workers)) as room:
         survey(planned)
         began = time.time()
         shards = Shards(planned, settled_there(planned, room))
-        errand = replace(errand_of(planned, room.threads), variant=shards.variant)
-        receipts = pd.DataFrame(scatter(shards.missing(), Scorer, errand, room))
-        assert not shards.missing()
+        errand = replace(errand_of(planned, room), variant=shards.variant)
+        receipts = pd.DataFrame(tried(shards.missing(), errand, room))
+        kept = all_kept(shards, [*receipts.shard])
+        shards.finish()
+        whole = time.time() - began
+        assert all(len(found) == len(planned.tasks) for found in kept)
     begin, end = receipts.groupby("worker").began.min().max(), receipts.groupby("worker").ended.max().min()
     took = receipts.ended - receipts.began
     within = (receipts.ended.clip(upper=end) - receipts.began.clip(lower=begin)).clip(lower=0)  # while all worked
     size = receipts.shard.map(lambda shard: len(shards.places[shard]))
     rate = (size * within / took).sum() / (end - begin)
-    steady = len(planned.images) / rate
-    return {"start": begin - began, "steady": steady, "idle": 1 - within.sum() / workers / (end - begin)}
+    steady, idle = len(planned.images) / rate, 1 - within.sum() / workers / (end - begin)
+    return {"whole": whole, "start": begin - began, "steady": steady, "idle": idle}
 
 
 def survey(planned: Plan) -> None:
@@ -127,8 +171,21 @@ def scheduler_rows(subject: Subject) -> list[Row]:
         began = time.time()
         ended = sorted(receipt["ended"] for receipt in scatter([*range(NO_WORK)], Idler, None, room))
     steady = ended[-1] - ended[0]
+    written, read = a_shard_kept(subject)
     return [
         row(f"{NO_WORK:,} shards without work, handed out and receipted", len(ended), "shards", least=NO_WORK),
         row("time per shard without work", 1000 * steady / NO_WORK, "ms"),
         row("start until the first of them", ended[0] - began, "s"),
+        row("keeping the results of one attack for a shard", 1000 * written, "ms"),
+        row("finding them again, every checksum verified", 1000 * read, "ms"),
     ]
+
+
+def a_shard_kept(subject: Subject) -> tuple[float, float]:
+    """Seconds in which a shard of the naive attack is written, and read back."""
+    planned = subject.plan(("NA",))
+    with empty_cache():
+        rows = compute(planned)["NA"]
+        entry = cache.Entry(cache.key_of({}), cache.COUNTED, WRITTEN)
+        written = timed(lambda: [entry.write(shard, rows) for shard in range(WRITTEN)])
+        return written / WRITTEN, timed(lambda: [entry.read(shard) for shard in range(WRITTEN)]) / WRITTEN

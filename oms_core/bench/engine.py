@@ -10,7 +10,7 @@ import torch
 
 from oms_core.attacks import ATTACKS, COMPARED, RIVALS, Probe
 from oms_core.bench.base import STEPS, Row, Subject, empty_cache, row, timed
-from oms_core.compute import Progress, compute, probe_of
+from oms_core.compute import Progress, automatic_batch, compute, probe_of
 
 if TYPE_CHECKING:
     from oms_core.denoiser import Denoiser
@@ -62,6 +62,7 @@ def engine_rows(subject: Subject) -> list[Row]:
         row("the same if each were computed alone", calls_alone, "calls"),
         row(f"scoring, {what}", 1000 * engine / len(planned.images), "ms per picture"),
         row("batch that was found to pay", subject.batch, "pictures"),
+        row("finding it, once before a run", timed(lambda: try_batches(subject)), "s"),
     ]
 
 
@@ -98,6 +99,11 @@ def ask_again(denoiser: Denoiser, questions: list[Question]) -> None:
         answer.cpu()  # waits for the device
 
 
+def try_batches(subject: Subject) -> None:
+    """As before a run, as if it had not been tried before."""
+    automatic_batch.__wrapped__(subject.model, subject.placement)
+
+
 def timestep(subject: Subject, name: str) -> int:
     return next(task.t for task in subject.plan((name,)).tasks)
 
@@ -130,6 +136,7 @@ def calls_of(subject: Subject, attacks: tuple[str, ...]) -> int:
     return one.calls
 
 
+@torch.inference_mode()
 def compute_published(one: Probe) -> None:
     """Each published attack alone, at its published number of calls; SecMI at its timestep, the others on a grid."""
     last = one.denoiser.timesteps - 1

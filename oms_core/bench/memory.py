@@ -5,16 +5,19 @@ from __future__ import annotations
 import hashlib
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from oms_core.bench.base import Row, Subject, bare_forward, empty_cache, row, timed
+from oms_core.bench.base import Row, Subject, bare_forward, empty_cache, row
 from oms_core.cache import FORMAT
 from oms_core.compute import Progress, compute
+from oms_core.errors import InputError
 from oms_core.images import ImageSet
 from oms_core.run import Plan, about
 
@@ -52,12 +55,19 @@ def alone(work: Callable[[Subject], Any], subject: Subject) -> Any:
 
 
 def peak() -> float:
-    """The most memory that this process had so far, in MB."""
+    """The most memory that this process had so far, in MB.
+
+    Raises:
+        InputError: this system does not say.
+    """
     status = Path("/proc/self/status")
     if status.exists():  # what getrusage says includes the process that started this one
         lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
         return int(lines["VmHWM"].split()[0]) * 1024 / MB
-    import resource
+    try:
+        import resource
+    except ImportError as error:
+        raise InputError("Peaks of memory can be measured on Linux and macOS only; leave these parts out.") from error
 
     found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return found / MB if sys.platform == "darwin" else found * 1024 / MB
@@ -78,24 +88,31 @@ def peak_of_scoring(subject: Subject) -> float:
 
 def grown(subject: Subject) -> dict[str, float]:
     """The small set again and again between parts of the large one, so that both meet the same machine."""
-    small, large = repeated(subject, SMALL), repeated(subject, LARGE)
-    times: list[float] = []
+    small = repeated(subject, SMALL)
+    ends: list[float] = []  # of the small ones and of the parts between them, in turn
+    sizes: list[int] = []  # pictures of each part
 
     def score_small() -> None:
-        run = replace(small.run, seed=len(times) + 1)  # a question of its own, so that nothing is found
-        times.append(timed(lambda: compute(about(replace(small, run=run), small.images))))
+        run = replace(small.run, seed=len(ends) + 1)  # a question of its own, so that nothing is found
+        compute(about(replace(small, run=run), small.images))
+        ends.append(time.perf_counter())
 
     def tick(progress: Progress) -> None:
-        if progress.done * TURNS >= (len(times) - 1) * LARGE:
+        if progress.done * TURNS >= (len(sizes) + 1) * LARGE:
+            ends.append(time.perf_counter())
+            sizes.append(progress.done - sum(sizes))
             score_small()
 
     with empty_cache() as folder:
         score_small()  # warms up
         before = peak()
-        whole = timed(lambda: compute(large, tick))
+        large = repeated(subject, LARGE)
+        score_small()
+        compute(large, tick)
         parts = len([*(folder / FORMAT).glob(f"*/{large.tasks[0].key}/*/part-*.parquet")])
-    each = (whole - sum(times[1:])) / LARGE
-    return {"time": each / (statistics.median(times[1:]) / SMALL), "memory": peak() - before, "parts": parts}
+    took = [end - start for start, end in pairwise(ends[1:])]  # a part, a small one, a part, a small one ...
+    ratios = [part / size / (one / SMALL) for part, one, size in zip(took[::2], took[1::2], sizes, strict=True)]
+    return {"time": statistics.median(ratios), "memory": peak() - before, "parts": parts}
 
 
 def repeated(subject: Subject, count: int) -> Plan:

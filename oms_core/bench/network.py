@@ -21,9 +21,9 @@ SCORED = 256  # pictures on which the drift is seen
 def network_rows(subject: Subject) -> list[Row]:
     """Seconds of a forward pass, as written and in every other mode and precision; only what runs here."""
     plain = subject.placement
-    others = [replace(plain, mode=mode) for mode in MODES[1:]] + [replace(plain, dtype=dtype) for dtype in DTYPES[1:]]
+    others = [replace(plain, mode=mode) for mode in MODES] + [replace(plain, dtype=dtype) for dtype in DTYPES]
     runs, failed = {plain: bare_forward(subject.denoiser, subject.batch)}, []
-    for placement in others:
+    for placement in (other for other in others if other != plain):
         try:
             runs[placement] = bare_forward(loaded(subject.model, placement), subject.batch)
             runs[placement]()
