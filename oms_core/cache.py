@@ -296,26 +296,19 @@ def add_notes(key: str, rows: pd.DataFrame) -> None:
         log.warning("Captions are not kept: %s cannot be written (%s).", folder, error)
 
 
-def read_notes(key: str) -> pd.DataFrame:
-    """All that is known of single pictures under a key, a row per picture; empty where nothing is."""
-    frames = []
-    for path in (path for root in roots() for path in sorted((root / key[:2] / key).glob("notes-*"))):
-        with contextlib.suppress(LookupError):
-            frames.append(read_note(path, key))
-    return pd.concat(frames).drop_duplicates("image") if frames else pd.DataFrame()
+def read_notes(key: str, seen: set[Path]) -> Iterator[pd.DataFrame]:
+    """What is known of single pictures under a key, file by file, this machine's first.
 
-
-@lru_cache(maxsize=2**16)
-def read_note(path: Path, key: str) -> pd.DataFrame:
-    """The rows of a file of notes, which are always the same, as its name is their digest; nobody may change them.
-
-    Raises:
-        LookupError: it cannot be read now.
+    Args:
+        key: as they were kept under.
+        seen: the files that were read before, to which those that are read now are added.
     """
-    rows = read_part(path, key, 0)
-    if rows is None:
-        raise LookupError(path)
-    return rows
+    for path in (path for root in roots() for path in sorted((root / key[:2] / key).glob("notes-*"))):
+        if path not in seen:
+            rows = read_part(path, key, 0)
+            if rows is not None:
+                seen.add(path)
+                yield rows
 
 
 def replace_file(path: Path, data: bytes) -> None:

@@ -7,6 +7,7 @@ A caption is kept by the captioner's fingerprint and the picture's identity, wha
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 SHIPPED = ASSETS / "captioners"
 BATCH = 32  # pictures that are captioned at once
 LONGEST = 40  # new tokens of a caption
+SAID: dict[tuple[Path, str], tuple[set[Path], dict[str, str]]] = {}  # the files that were read, and what stands there
+GUARD = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -86,10 +89,19 @@ def key(captioner: Captioner) -> str:
 
 def written(captioner: Captioner, images: ImageSet) -> pd.Series:
     """The captions that are known, by picture; fewer than there are pictures where some were never captioned."""
-    known = cache.read_notes(key(captioner))
-    if known.empty:
-        return pd.Series(dtype=str)
-    return known.set_index("image").caption.reindex(images.table.image).dropna()
+    known = said(cache.home().resolve(), key(captioner))
+    found = [image for image in images.table.image if image in known]
+    return pd.Series([known[image] for image in found], pd.Index(found, dtype=str), dtype=str)
+
+
+def said(home: Path, key: str) -> dict[str, str]:
+    """Every caption that is kept, by picture. A file is read once, as it never changes."""
+    seen, known = SAID.setdefault((home, key), (set(), {}))
+    with GUARD:
+        for notes in cache.read_notes(key, seen):
+            for image, text in zip(notes.image, notes.caption, strict=True):
+                known.setdefault(image, text)
+    return known
 
 
 def write(

@@ -92,11 +92,10 @@ def overheard(denoiser: Denoiser) -> Iterator[list[Question]]:
 
 
 def ask_again(denoiser: Denoiser, questions: list[Question]) -> None:
-    """Forward passes and nothing else."""
+    """Forward passes and nothing else; the answers are held, as scoring holds them."""
     with torch.inference_mode():
-        for x_t, t, condition in questions:
-            answer = denoiser.eps(x_t, t, condition)
-        answer.cpu()  # waits for the device
+        answers = [denoiser.eps(x_t, t, condition) for x_t, t, condition in questions]
+        answers[-1].cpu()  # waits for the device
 
 
 def try_batches(subject: Subject) -> None:

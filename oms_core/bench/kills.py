@@ -25,7 +25,7 @@ from oms_core.files import ASSETS
 from oms_core.run import Run, plan, scores
 
 KILLS = 5  # of a worker, and as many of the driver
-SHARDS = 4
+SHARDS, LEFT = 8, 3  # of a set, and finished ones that the next round finds: there must be enough to do for both kills
 LONGEST = 300  # seconds of a driver
 MOMENTS = 0.5  # seconds after a shard among which one is drawn; a shard takes longer
 SETTINGS = {"attacks": ("NA",), "t": 300, "steps": 10, "batch": 64, "device": "cpu"}
@@ -107,7 +107,7 @@ def survived(model: str, images: Path, folder: Path, kills: int, like: Path | No
         driver.wait(LONGEST)
         harm.lost += lost(before, common)
         harm.again += computed_again(notes, before, 1)
-        for path in sorted(parts(common))[2:]:  # something is left for the next
+        for path in sorted(parts(common))[LEFT:]:
             path.unlink(missing_ok=True)
     both(model, images, common, folder, more, harm)
     score_here(model, like or images, folder / "local")

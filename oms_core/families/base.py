@@ -38,7 +38,7 @@ class PixelSpace:
         """Pixels of (B, H, W, C) uint8 as x_0 in [-1, 1], (B, C, H, W)."""
         given = torch.from_numpy(pixels)
         if self.device.type == "cuda":
-            given = given.pin_memory()  # copied while the device is still busy
+            given = given.pin_memory()  # which the device fetches by itself
         x_0 = given.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
         return x_0.to(self.dtype) / 127.5 - 1
 
