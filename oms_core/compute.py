@@ -159,7 +159,8 @@ def prepare(denoiser: Denoiser, mode: str) -> None:
         return
     denoiser.network.compile()
     try:
-        forward_pass(denoiser, FIRST_BATCH)
+        for count, t in ((FIRST_BATCH, 0), (2 * FIRST_BATCH, 1)):  # two of each, and it is compiled for all of them
+            forward_pass(denoiser, count, t)
     except Exception as error:  # a compiler fails in many ways, most often because there is none
         raise InputError("The network cannot be compiled on this machine; leave out --mode.") from error
 
@@ -353,12 +354,12 @@ def automatic_batch(model: Model, placement: Placement, differentiated: bool = F
     return batch_size(placement, lambda count: once(denoiser, count))
 
 
-def forward_pass(denoiser: Denoiser, count: int) -> None:
+def forward_pass(denoiser: Denoiser, count: int, t: int = 0) -> None:
     """Ask a model once about a batch of empty pictures, and wait for the answer."""
     import torch
 
     with torch.inference_mode():
-        f, x_0 = empty_pictures(denoiser, count)
+        f, x_0 = empty_pictures(denoiser, count, t)
         f(x_0).sum().item()
 
 
@@ -374,11 +375,11 @@ def derivative(denoiser: Denoiser, count: int) -> None:
         backward(forward(drawn(x_0))).sum().item()
 
 
-def empty_pictures(denoiser: Denoiser, count: int) -> tuple[Map, Tensor]:
-    """A model's answer to a batch, and a batch of empty pictures."""
+def empty_pictures(denoiser: Denoiser, count: int, t: int = 0) -> tuple[Map, Tensor]:
+    """A model's answer to a batch at one timestep, and a batch of empty pictures."""
     pixels = np.zeros((count, *denoiser.profile.size, denoiser.profile.channels), np.uint8)
     condition = denoiser.condition([""] * count)
-    return lambda x_t: denoiser.eps(x_t, 0, condition), denoiser.encode(pixels)
+    return lambda x_t: denoiser.eps(x_t, t, condition), denoiser.encode(pixels)
 
 
 def batches(

@@ -33,6 +33,7 @@ class PixelSpace:
     def __init__(self, model: Model, placement: Placement) -> None:
         self.fingerprint, self.profile, self.timesteps = model.fingerprint, model.profile, model.timesteps
         self.device, self.dtype = torch.device(placement.device), getattr(torch, placement.dtype)
+        self.compiled = placement.mode == "compiled"
 
     def encode(self, pixels: np.ndarray) -> Tensor:
         """Pixels of (B, H, W, C) uint8 as x_0 in [-1, 1], (B, C, H, W)."""
@@ -40,7 +41,9 @@ class PixelSpace:
         if self.device.type == "cuda":
             given = given.pin_memory()  # which the device fetches by itself
         x_0 = given.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
-        return x_0.to(self.dtype) / 127.5 - 1
+        x_0 = x_0.to(self.dtype) / 127.5 - 1
+        # in memory as every x_t will be: for each order of dimensions a network is compiled again
+        return x_0.clone(memory_format=torch.contiguous_format) if self.compiled else x_0
 
     def decode(self, x_0: Tensor) -> np.ndarray:
         """x_0 in [-1, 1] as pixels of (B, H, W, C) uint8."""
