@@ -52,7 +52,7 @@ def picture(chart: Chart, title: str, kind: str) -> bytes:
     """The figure as PNG or SVG, drawn by the Chrome or Chromium on this machine."""
     titled = go.Figure(chart.figure).update_layout(title={"text": title, "font": {"size": 16}}, margin={"t": 90})
     try:
-        return titled.to_image(format=kind, width=1100, height=620, scale=2)
+        return titled.to_image(format=kind, width=1100, height=max(620, titled.layout.height or 0), scale=2)
     except (RuntimeError, ValueError) as error:  # without a Chrome, or with one that does not start
         raise InputError(
             "A PNG or SVG needs Chrome or Chromium on this machine; install one, or write .html."

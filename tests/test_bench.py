@@ -145,9 +145,10 @@ def test_a_cluster_and_its_scheduler_are_measured(monkeypatch: pytest.MonkeyPatc
     subject = Subject("ddpm-digits", 512, 64)
     with started(Cluster(2)):
         found = cluster.cluster_rows(subject) + cluster.scheduler_rows(subject)
-    values = {line["name"].partition(",")[0]: line["value"] for line in found}
-    assert values["60 shards without work"] == 60
-    assert values["the same"] > values["one worker / local engine"]
+    values = {line["name"].partition(", 1,024")[0]: line["value"] for line in found}
+    assert values["60 shards without work, handed out and receipted"] == 60
+    compared = "one worker / local engine"
+    assert values[f"{compared}, start and end included"] > values[f"{compared}, seconds while it works"]
     assert all(value > 0 for name, value in values.items() if "waits" not in name)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -51,6 +52,7 @@ PARTS = {
 QUICK = tuple(name for name, part in PARTS.items() if part.quick)
 ALL = "all"
 KEPT, MISSED = "#2a78d6", "#e34948"
+LINE = 56  # characters of a name beside the plot
 
 
 def bench(
@@ -89,11 +91,10 @@ def chart(rows: Sequence[Row]) -> Chart:
     table = pd.DataFrame(rows)
     judged = table[table.target.notna()] if "target" in table else table.iloc[:0]
     colours = [KEPT if holds else MISSED for holds in judged.get("holds", [])]
-    figure = go.Figure(
-        go.Bar(x=judged.get("of target"), y=judged.get("name"), orientation="h", marker_color=colours, width=0.6)
-    )
+    names = ["<br>".join(textwrap.wrap(name, LINE, break_on_hyphens=False)) for name in judged.get("name", [])]
+    figure = go.Figure(go.Bar(x=judged.get("of target"), y=names, orientation="h", marker_color=colours, width=0.6))
     figure.add_vline(1, line_dash="dot", line_color="#6b7280")
-    layout(figure, "share of what is allowed (at most 1 holds)", "", height=120 + 36 * len(judged))
+    layout(figure, "share of what is allowed (at most 1 holds)", "", height=120 + 40 * len(judged))
     figure.update_yaxes(autorange="reversed", automargin=True)
     held = int(judged["holds"].sum()) if len(judged) else 0
     return Chart(figure, f"{held} of {len(judged)} targets hold.", table)

@@ -49,14 +49,15 @@ def cluster_rows(subject: Subject) -> list[Row]:
                 turns.append({"local": local, "bare": bare_together(subject, both), 1: one, 2: two})
     local, bare = [turn["local"] for turn in turns], statistics.median(turn["bare"] for turn in turns)
     one, two = ({key: [turn[workers][key] for turn in turns] for key in turns[0][1]} for workers in (1, 2))
-    what = f"{PICTURES:,} pictures, {' + '.join(COMPARED)}, {subject.name}"
+    what = f"{PICTURES:,} pictures, {len(COMPARED)} attacks, {subject.name}"
     faster, slower = middle_ratio(one["steady"], two["steady"]), middle_ratio(one["steady"], local)
     once = up + statistics.median(one["whole"]) - statistics.median(one["steady"])
+    whole = slower + once / sum(local)
     return [
         row(f"two workers / one worker, pictures per second while all work, {what}", faster, least=ALLOWED["workers"]),
         row("two processes / one, bare forward passes per second: what this machine gives", bare),
         row(f"one worker / local engine, seconds while it works, {what}", slower, most=ALLOWED["overhead"]),
-        row(f"the same, start and end included, {what}", slower + once / sum(local), most=ALLOWED["overhead"]),
+        row(f"one worker / local engine, start and end included, {what}", whole, most=ALLOWED["overhead"]),
         row("start of a cluster", up, "s"),
         row("start of one worker, model and all", statistics.median(one["start"]), "s"),
         row("start of two workers", statistics.median(two["start"]), "s"),
