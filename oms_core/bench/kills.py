@@ -28,8 +28,7 @@ KILLS = 5  # of a worker, and as many of the driver
 SHARDS, LEFT = 8, 3  # of a set, and finished ones that the next round finds: there must be enough to do for both kills
 LONGEST = 300  # seconds of a driver
 MOMENTS = 0.5  # seconds after a shard among which one is drawn; a shard takes longer
-SETTINGS = {"attacks": ("NA",), "t": 300, "steps": 10, "batch": 64, "device": "cpu"}
-FLAGS = ("--attack", "NA", "--t", "300", "--steps", "10", "--batch", "64", "--device", "cpu")
+ATTACK, SETTINGS = "NA", {"t": 300, "steps": 10, "batch": 64, "device": "cpu"}
 DRIVER = """
 import os, sys
 from oms_core import distributed
@@ -134,8 +133,9 @@ def start(
     model: str, images: Path, kept: Path, log: Path, more: dict[str, str], out: Path | None = None
 ) -> subprocess.Popen:
     """A driver of two workers, which notes each shard that is computed."""
-    settings = [*FLAGS, "--engine", "ray", "--workers", "2", "--out", f"{out or kept}.parquet"]
-    command = [sys.executable, "-c", DRIVER, "score", "--model", model, "--images", str(images), *settings]
+    asked = {"model": model, "images": images, "attack": ATTACK, **SETTINGS}
+    settings = asked | {"engine": "ray", "workers": 2, "out": f"{out or kept}.parquet"}
+    command = [sys.executable, "-c", DRIVER, "score", *(f"--{name}={value}" for name, value in settings.items())]
     environment = os.environ | more | {"OMS_CACHE": str(kept)}
     with log.open("w") as said:  # no pipe, which would stay open until Ray notices, after a minute
         return subprocess.Popen(command, cwd=ASSETS.parent, env=environment, stdout=said, stderr=said)
@@ -204,7 +204,7 @@ def score_here(model: str, images: Path, kept: Path) -> None:
     torch.set_num_threads(2)
     try:
         with kept_in(kept):
-            run = Run(model, str(images), **SETTINGS)
+            run = Run(model, str(images), attacks=(ATTACK,), **SETTINGS)
             scores(plan(run), score(run)).to_parquet(f"{kept}.parquet", index=False)
     finally:
         torch.set_num_threads(threads)
