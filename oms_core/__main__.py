@@ -17,6 +17,7 @@ from oms_core import exhibits
 from oms_core.attacks import COMPARED
 from oms_core.errors import InputError
 from oms_core.images import inspection, open_images
+from oms_core.location import Location
 from oms_core.people import beside_the_paper, plain, readable
 from oms_core.run import Run, plan, scores
 from oms_core.training.recipes import RECIPES
@@ -190,7 +191,8 @@ def run_of(options: argparse.Namespace) -> Run:
     if isinstance(values["attacks"], str):
         named = tuple(name.strip() for name in values["attacks"].split(",") if name.strip())
         values["attacks"] = COMPARED if named == ("all",) else named
-    return Run(**values)
+    named = {name: Location(values[name]) for name in ("model", "images", "captioner")}
+    return Run(**values | named)
 
 
 class Bar:
@@ -292,7 +294,7 @@ def verdict_command(options: argparse.Namespace) -> None:
     run = run_of(options)
     if not run.images:
         raise InputError("Name the pictures in question with --images.")
-    question = audit.ask(replace(run, images=options.reference), open_images(run.images), options.fpr)
+    question = audit.ask(replace(run, images=Location(options.reference)), open_images(run.images), options.fpr)
     attack, bar = run.attacks[0], Bar()
     found = audit.answer(question, measured(question.known, bar)[attack], measured(question.asked, bar)[attack])
     report_rejected(question.asked.images.rejected)
@@ -357,7 +359,7 @@ def train_command(options: argparse.Namespace) -> None:
 
 
 def images_command(options: argparse.Namespace) -> None:
-    found = inspection(open_images(options.name))
+    found = inspection(open_images(Location(options.name)))
     if options.json:
         print_json(found)
         return
@@ -387,7 +389,7 @@ def bench_command(options: argparse.Namespace) -> None:
     from oms_core import bench
 
     parts = options.parts or bench.QUICK
-    rows = bench.bench(parts, options.model, options.pictures, options.dtype, options.mode)
+    rows = bench.bench(parts, Location(options.model), options.pictures, options.dtype, options.mode)
     if options.out:
         from oms_core.export import write_figure
 

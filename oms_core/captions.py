@@ -21,6 +21,7 @@ from oms_core.decode import decode
 from oms_core.errors import InputError
 from oms_core.files import ASSETS, digest_of, digest_of_file, read_json, refuse_code, weight_files, weight_sizes
 from oms_core.images import ImageSet
+from oms_core.location import require_location
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -63,6 +64,7 @@ def describe(name: str) -> Captioner:
     """
     if name in built_in():
         return in_folder(built_in()[name], name)
+    require_location(name, "captioner", ", ".join(built_in()))
     if os.path.isdir(name):
         return in_folder(Path(name), name)
     if catalog.HUB_ID.fullmatch(name):

@@ -2,7 +2,8 @@
 
 A model is named by a built-in name (``ddpm-digits``, or ``ddpm-digits@700`` for the weights after epoch 700),
 by ``ideal:SET`` for the closed-form memoriser of an image set's members, by a diffusers folder, or by the
-``owner/name`` of a Hugging Face repository.
+``owner/name`` of a Hugging Face repository. Folders and repositories are opened only as an
+`oms_core.location.Location`.
 """
 
 import math
@@ -18,6 +19,7 @@ from oms_core.errors import InputError
 from oms_core.files import ASSETS, STEMS, VARIANTS, digest_of, read_json
 from oms_core.folders import DEFAULT_SCHEDULE, KINDS, read_folder
 from oms_core.images import ImageSet, open_images
+from oms_core.location import part_of, require_location
 
 MODELS = ASSETS / "models"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
@@ -90,13 +92,15 @@ def describe(name: str) -> Model:
     """Say what a model is without loading it.
 
     Raises:
-        InputError: no such model, or its files are incomplete, unsafe or not supported.
+        InputError: no such model, a plain string that names no built-in one, or files that are incomplete, unsafe or
+            not supported.
     """
     if name.startswith("ideal:"):
-        return ideal(open_images(name.removeprefix("ideal:")), name)
+        return ideal(open_images(part_of(name, name.removeprefix("ideal:"))), name)
     base, _, epoch = name.partition("@")
     if base in built_in():
         return shipped(base, epoch)
+    require_location(name, "model", f"{', '.join(built_in())} and ideal:SET")
     if os.path.isdir(name):
         return in_folder(Path(name), name)
     if os.path.isfile(name):

@@ -286,12 +286,11 @@ def changed_labels(changes: pd.DataFrame) -> Chart:
     broken = members[members.before & ~members.after].groupby("label").size()
     table = pd.DataFrame({"corrected": fixed, "newly wrong": broken}).reindex(sorted(changes.label.unique()))
     table = table.fillna(0).astype(int).rename_axis("label").reset_index()
+    shown = table.label.map(html.escape)  # Plotly reads tags in what it writes beside an axis
     figure = go.Figure()
+    figure.add_bar(x=shown, y=table.corrected, name="corrected by OMS", marker_color=MEMBER, customdata=table.label)
     figure.add_bar(
-        x=table.label, y=table.corrected, name="corrected by OMS", marker_color=MEMBER, customdata=table.label
-    )
-    figure.add_bar(
-        x=table.label, y=-table["newly wrong"], name="newly wrong", marker_color=NONMEMBER, marker_pattern_shape="/",
+        x=shown, y=-table["newly wrong"], name="newly wrong", marker_color=NONMEMBER, marker_pattern_shape="/",
         customdata=table.label,
     )  # fmt: skip
     figure.update_layout(barmode="relative")

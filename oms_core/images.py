@@ -21,6 +21,7 @@ from oms_core.decode import FORMATS, Profile, decode, pixels
 from oms_core.errors import InputError
 from oms_core.files import ASSETS
 from oms_core.layouts import BESIDE, ROLES, Folder, Listed, Rows, Stamp, Tree, Zip, stamps
+from oms_core.location import part_of, require_location
 from oms_core.survey import Look, look_through, sha256
 
 BUILT_IN = ("digits", "fashion")
@@ -92,13 +93,16 @@ def open_images(name: str) -> ImageSet:
     | SPLIT.npz@NAME                    | NAME with the roles of `mia_train_idxs` and `mia_eval_idxs`           |
     | member=NAME,nonmember=NAME        | two sets, each as a whole in one role                                 |
 
+    All but the built-in sets are opened only as an `oms_core.location.Location`.
+
     Raises:
-        InputError: no such set, or nothing in it can be used.
+        InputError: no such set, a plain string that names no built-in one, or nothing in it can be used.
     """
     if name in BUILT_IN:
         return built_in(name)
     if re.match(rf"({'|'.join(ROLES)})=", name):
         return joined(name)
+    require_location(name, "image set", ", ".join(BUILT_IN))
     split, at, rest = name.partition(".npz@")
     places = [f"{split}.npz", rest] if at else [name]
     state = tuple(one for place in places for one in stamps(place))
@@ -331,7 +335,7 @@ def joined(name: str) -> ImageSet:
     roles = [role.strip() for role, _, _ in parts]
     if len({*roles}) != len(roles) or not {*roles} <= {*ROLES}:
         raise InputError(f"{name!r} should name each of {', '.join(ROLES)} at most once, as role=SET.")
-    sets = [open_images(place.strip()) for _, _, place in parts]
+    sets = [open_images(part_of(name, place.strip())) for _, _, place in parts]
     tables = [part.table.assign(role=role) for role, part in zip(roles, sets, strict=True)]
     places = [(part, row) for part, table in zip(sets, tables, strict=True) for row in table.index]
     whole, doubled = without_doubles(pd.concat(tables, ignore_index=True))

@@ -22,11 +22,19 @@ def part_of(name: str, part: str) -> str:
     return Location(part) if isinstance(name, Location) else part
 
 
-def require_location(name: str, what: str) -> None:
-    """Refuse a name that is no `Location`.
+def require_location(name: str, what: str, known: str) -> None:
+    """Refuse a name that is neither built in nor a `Location`.
+
+    Args:
+        name: as it was given.
+        what: a model, an image set or a captioner, in words.
+        known: the built-in names.
 
     Raises:
-        InputError: naming what was looked for.
+        InputError: it is a plain string.
     """
     if not isinstance(name, Location):
-        raise InputError(f"There is no {what} {name!r} among the built-in ones.")
+        raise InputError(
+            f"There is no built-in {what} {name!r}; built in are {known}. In Python, a folder or a repository is named "
+            "by oms_core.Location(name)."
+        )

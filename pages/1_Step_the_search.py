@@ -12,6 +12,7 @@ from oms_core.run import Plan, Trace, residuals
 from oms_core.search import fixed_point
 from pages.common.context import Context, control, searching, update
 from pages.common.drawer import follow_address, no_cohort, trace_of
+from pages.common.gate import gated, one_of
 from pages.common.pictures import READY, find, kind, ordinary, strip, thumbnail
 from pages.common.shell import begin, guarded, search, show, signals
 
@@ -107,8 +108,9 @@ def stepper(context: Context) -> None:
 def vote(planned: Plan, pictures: pd.DataFrame, hidden: bool, step: int) -> None:
     """The guess, the answer once it is asked for, and the score so far."""
     left, middle, right = st.columns([3, 1, 1], vertical_alignment="bottom")
-    guess = left.segmented_control(
-        "Which one was in training?", ["A", "B"], disabled=not hidden, key=f"guess {this_round()}"
+    guess = gated(
+        left.segmented_control, "Which one was in training?", f"guess {this_round()}", one_of(["A", "B", None]),
+        ["A", "B"], disabled=not hidden,
     )  # fmt: skip
     answer = "A" if pictures.iloc[0].role == "member" else "B"
     middle.button(

@@ -12,6 +12,7 @@ from oms_core.laboratory import jacobian_norms, of_columns, ratios
 from oms_core.run import errors, residuals
 from pages.common.context import CLICKED, Context, control, including, searching
 from pages.common.drawer import follow_address, open_picture
+from pages.common.gate import gated, gated_choice, is_flag, marks_of, register, report
 from pages.common.shell import begin, follow, guarded, search, show, signals, timestep
 
 STEPS = 10
@@ -72,6 +73,7 @@ def auc_of(group: pd.DataFrame) -> float:
 @st.fragment
 def scatter(rows: pd.DataFrame) -> None:
     """The first residual against the second; a click opens the picture."""
+    report()
     wide = rows[rows.n <= 2].pivot(index=["image", "member"], columns="n", values="residual").reset_index()
     wide = wide.rename(columns={1: "first", 2: "second"}).assign(
         group=wide.member.map({True: "members", False: "non-members"})
@@ -95,6 +97,7 @@ def scatter(rows: pd.DataFrame) -> None:
         .configure_legend(orient="top")
     )
     spoken = f"First against second residual of {len(wide)} pictures; the table is under the boxes."
+    register("scatter", "the scatter plot", marks_of("picked", image=frozenset(wide.image)))
     st.altair_chart(chart, key="scatter", on_select=note_click, alt=spoken)
     st.caption("Click a point to open its picture; the outliers are worth a look.")
     follow("scatter", open_picture)
@@ -109,9 +112,10 @@ def note_click() -> None:
 
 def residual_view(context: Context) -> None:
     """Residuals by step, first against second, and the picture behind a point."""
-    far = st.toggle(
-        "Distance from ε²⁰", key="far", help="Twenty steps: how near each iterate is to the last (Fig. B.2)."
-    )
+    far = gated(
+        st.toggle, "Distance from ε²⁰", "far", is_flag,
+        help="Twenty steps: how near each iterate is to the last (Fig. B.2).",
+    )  # fmt: skip
     planned, known, complete = signals(context.run(steps=LAST if far else STEPS), "Comparing all pictures")
     if context.attack not in known:
         st.caption("The boxes appear here, and grow while batches come in.")
@@ -176,7 +180,7 @@ def main() -> None:
     context = searching(context)
     with guarded():
         controls()
-        view = st.segmented_control("Look at", list(VIEWS), default="Residual", key="look", required=True)
+        view = gated_choice(st.segmented_control, "Look at", "look", list(VIEWS), default="Residual", required=True)
         VIEWS[view](context)
         follow_address()
 

@@ -21,8 +21,10 @@ from pages.common.attacks import (
 )
 from pages.common.context import CLICKED, STATE, Context, kept, update
 from pages.common.drawer import content
+from pages.common.gate import report
 from pages.common.pictures import thumbnail
 from pages.common.shell import begin, guarded, show
+from pages.common.text import literal
 
 AT_ONCE = 10  # thumbnails in the row
 OVERLAPPING = COMPARED[:4]
@@ -152,7 +154,7 @@ def row_of_pictures(shown: pd.DataFrame, place: int | None, planned: Plan) -> No
                     str(number + 1), key=f"open {number - start}", on_click=choose_place, args=(shown, number),
                     type="primary" if number == place else "secondary", width="stretch",
                 )  # fmt: skip
-                st.caption(f"{one.outcome}  \nlabel {one.label}  \n{one.score:.3g}  \np {one.p:.3f}")
+                st.caption(f"{one.outcome}  \nlabel {literal(one.label)}  \n{one.score:.3g}  \np {one.p:.3f}")
 
 
 def details(context: Context, image: str) -> None:
@@ -174,6 +176,7 @@ def pin(image: str) -> None:
 @st.fragment
 def gallery(found: pd.DataFrame, sets: pd.Series, planned: Plan) -> None:
     """The pictures asked for, and one of them in detail."""
+    report()
     context = st.session_state[STATE]
     shown = choose(found, sets)
     place = place_of(shown, context.pick)

@@ -25,13 +25,15 @@ from oms_core.images import ImageSet
 from oms_core.jobs import SERVICE
 from oms_core.run import Plan, Run, Trace, about, lookup, plan, residuals
 from pages.common.context import Context, searching
-from pages.common.pictures import enlarge, literal
+from pages.common.gate import are_files, between, gated, gated_choice, is_flag, register, rows_below
+from pages.common.pictures import enlarge
 from pages.common.shell import (
     ask,
     begin,
     false_alarms,
     guarded,
     search,
+    sentence,
     show,
     signals,
     timestep,
@@ -72,9 +74,10 @@ def main() -> None:
 def receive(context: Context) -> None:
     """Take pictures in, or an example; what was sent is checked at once, and Streamlit's copy is let go."""
     number = st.session_state.setdefault("upload number", 0)
-    files = st.file_uploader(
-        "Your pictures", type=["image/*", ".zip"], accept_multiple_files=True, key=f"files {number}"
-    )
+    files = gated(
+        st.file_uploader, "Your pictures", f"files {number}", are_files, type=["image/*", ".zip"],
+        accept_multiple_files=True,
+    )  # fmt: skip
     if files:
         take(lambda: uploads.received([(file.name, file.getvalue()) for file in files]))
         let_go()
@@ -82,7 +85,7 @@ def receive(context: Context) -> None:
     if st.session_state.get("uploads") is None:
         st.caption(LIMITS)
     if problem := st.session_state.get("upload problem"):
-        st.error(literal(problem))  # it names a file
+        st.error(sentence(problem))
     examples(context)
 
 
@@ -198,7 +201,7 @@ def own_signal(asked: Plan) -> pd.DataFrame | None:
     place = f"{viewer()} {number} {key}"
     job = SERVICE.find(place)
     if job is not None and job.state in ("failed", "cancelled"):
-        st.error(job.error or "Cancelled.")
+        st.error(sentence(job.error or "Cancelled."))
         if not st.button("Score them again", type="primary"):
             return None
     SERVICE.submit(place, lambda tick: kept.update({key: unkept(asked, tick)[name]}), viewer())
@@ -211,7 +214,8 @@ def views(context: Context, found: Audit) -> None:
     (st.warning if audit.shifted(found) else st.info)(
         audit.in_question(found), icon=":material/compare:" if audit.shifted(found) else ":material/check:"
     )
-    view = st.segmented_control("Look at", list(VIEWS), default=next(iter(VIEWS)), key="upload view", required=True)
+    first = next(iter(VIEWS))
+    view = gated_choice(st.segmented_control, "Look at", "upload view", list(VIEWS), default=first, required=True)
     VIEWS[view](context, found)
 
 
@@ -256,6 +260,7 @@ def gallery(found: Audit) -> None:
     for n, title in P_COLUMNS.items():
         if n in wide:
             table = table.assign(**{title: wide[n].astype(float).to_numpy()})
+    register("gallery", "the table of pictures", rows_below(len(table)))
     st.dataframe(
         table, hide_index=True, key="gallery", on_select=choose, selection_mode="single-row", row_height=56, height=380,
         column_order=["sent", "seen", *P_COLUMNS.values(), "changed on the way", "file"],
@@ -372,21 +377,23 @@ def edit_controls(images: ImageSet) -> tuple[str, Edit]:
     """Which picture, and what to do to it."""
     names = images.table.set_index("image").file
     st.session_state["edited"] = picked(images)
-    image = st.selectbox(
-        "Picture", list(names.index), key="edited", format_func=names.get,
+    image = gated_choice(
+        st.selectbox, "Picture", "edited", list(names.index), format_func=names.get,
         on_change=lambda: st.session_state.update({"own pick": st.session_state["edited"]}),
     )  # fmt: skip
-    jpeg = st.select_slider(
-        "JPEG quality",
-        [0, 95, 90, 75, 50, 30, 20, 10, 5],
-        key="jpeg",
-        format_func=lambda q: str(q) if q else "as it is",
-    )
-    noise = st.slider("Noise (standard deviation in grey levels)", 0, 60, key="noise")
-    blur = st.slider("Blur (radius in pixels)", 0.0, 3.0, step=0.25, key="blur")
-    cut = st.slider("Crop (% of each side)", 0, 50, step=2, key="crop")
-    flip = st.toggle("Mirror", key="mirror")
+    qualities = [0, 95, 90, 75, 50, 30, 20, 10, 5]
+    words = {quality: str(quality) for quality in qualities} | {0: "as it is"}
+    jpeg = gated_choice(st.select_slider, "JPEG quality", "jpeg", qualities, format_func=words.get)
+    noise = slide("Noise (standard deviation in grey levels)", "noise", 0, 60)
+    blur = slide("Blur (radius in pixels)", "blur", 0.0, 3.0, step=0.25)
+    cut = slide("Crop (% of each side)", "crop", 0, 50, step=2)
+    flip = gated(st.toggle, "Mirror", "mirror", is_flag)
     return image, Edit(crop=cut / 100, flip=flip, blur=blur, noise=float(noise), jpeg=jpeg)
+
+
+def slide(label: str, key: str, low: float, high: float, **more: Any) -> float:
+    """A slider between two numbers."""
+    return gated(st.slider, label, key, between(low, high), low, high, **more)
 
 
 def cohort_of(context: Context) -> tuple[Run, pd.DataFrame]:

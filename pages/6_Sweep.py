@@ -15,6 +15,7 @@ from oms_core.exhibits import OVER_TIMESTEPS, OVER_TRAINING
 from oms_core.run import Run
 from oms_core.schemes import SCHEMES
 from pages.common.context import Context, searching, update
+from pages.common.gate import gated_choice, marks_of, register
 from pages.common.shell import begin, gathered, guarded, search, show
 
 TIMESTEPS = (*laboratory.SWEPT, 300, 350)
@@ -33,7 +34,8 @@ def by_distance(context: Context) -> None:
     with left:
         search()
     usual = NORMS.index(SEARCHES[context.attack].p)
-    p = right.radio("Norm p of the distance", NORMS, index=usual, horizontal=True, key=f"norm {context.attack}")
+    key = f"norm {context.attack}"
+    p = gated_choice(right.radio, "Norm p of the distance", key, NORMS, index=usual, horizontal=True)
     runs = [replace(settings(context, (context.attack,), STEPS), t=t) for t in TIMESTEPS]
     found, complete = gathered(runs, "The grid")
     if not complete:
@@ -45,6 +47,7 @@ def by_distance(context: Context) -> None:
         f"by d(0,1), it reaches at most {top['d(0,1)']:.1f} %, with One More Step, d(0,2), {top['d(0,2)']:.1f} %. "
         "Chosen on the pictures it is measured on, so a little too good."
     )
+    register("grid", "the grid", marks_of("cell", t=frozenset(table.t), j=frozenset(table.j)))
     st.altair_chart(cells(table), key="grid", on_select=jump, alt=figures.auc_grid(table).alt)
     pictures = len(found[0][0].images)
     st.caption(
@@ -163,7 +166,8 @@ def main() -> None:
     context = begin("Sweep", "When does One More Step work: at which timestep, which distance, how far in training?")
     context = searching(context)
     with guarded():
-        view = st.segmented_control("Sweep over", list(VIEWS), default=next(iter(VIEWS)), key="view", required=True)
+        first = next(iter(VIEWS))
+        view = gated_choice(st.segmented_control, "Sweep over", "view", list(VIEWS), default=first, required=True)
         VIEWS[view](context)
 
 

@@ -11,6 +11,7 @@ from oms_core.evaluation import evaluation, with_rivals
 from oms_core.exhibits import TABLES, Table
 from oms_core.people import beside_the_paper
 from oms_core.run import Run, lookup, plan
+from pages.common.gate import gated_choice
 from pages.common.shell import begin, guarded
 
 METHOD = r"""
@@ -93,9 +94,8 @@ def main() -> None:
 def tables() -> None:
     """The paper's tables, one at a time."""
     st.subheader("The paper's tables beside this machine's")
-    name = st.segmented_control(
-        "Table", [name for name in TABLES if name.isdigit()], default="1", key="table", required=True
-    )
+    numbers = [name for name in TABLES if name.isdigit()]
+    name = gated_choice(st.segmented_control, "Table", "table", numbers, default="1", required=True)
     shown = TABLES[name]
     st.markdown(f"**Table {name}. {shown.title}**")
     rows, missing = rows_of(name, shown)

@@ -13,11 +13,12 @@ from test_pages import opened, words
 from oms_core import catalog, metrics
 from oms_core.attacks import ATTACKS
 from oms_core.images import open_images
+from oms_core.location import Location
 from oms_core.run import lookup, plan, scores
 from pages.common.attacks import ACCUSED, CAUGHT, CLEARED, MISSED, held_out_p, judge
 from pages.common.context import Context
 from pages.common.drawer import opinions
-from pages.common.pictures import literal
+from pages.common.text import literal
 
 INSPECT, STEP = "pages/4_Inspect.py", "pages/1_Step_the_search.py"
 DIGITS = open_images("digits").table.set_index("image")
@@ -29,7 +30,7 @@ def press(test: AppTest, label: str) -> AppTest:
 
 def judged(model: str = "ddpm-digits", n: int = 1, fpr: float = 0.05) -> pd.DataFrame:
     """Naive attack, counted here by the book: image, member, score, called."""
-    planned = plan(Context(model=model).run(steps=3))
+    planned = plan(Context(model=Location(model)).run(steps=3))
     table = scores(planned, lookup(planned))
     rows = table[table.n == n].set_index("image")
     cut = metrics.roc(rows.score.to_numpy(), rows.member.to_numpy()).threshold_at(fpr)

@@ -26,6 +26,7 @@ from oms_core.bench.base import Row, Subject, bare_forward, empty_cache, middle_
 from oms_core.compute import Shards, compute
 from oms_core.distributed import Cluster, all_kept, errand_of, scatter, settled_there, started, tried
 from oms_core.images import TICK, open_images, remembered
+from oms_core.location import Location
 from oms_core.run import Plan, plan
 
 PICTURES, TURNS = 20_480, 5  # eight shards a turn
@@ -44,7 +45,7 @@ def cluster_rows(subject: Subject) -> list[Row]:
             up = time.time() - began
             for number, path in enumerate(files_of_pictures(subject.model.images, Path(folder))):
                 with empty_cache():
-                    planned = plan(subject.run(images=str(path), seed=number))
+                    planned = plan(subject.run(images=Location(path), seed=number))
                 local, one, two = local_seconds(planned), on_cluster(planned, 1), on_cluster(planned, 2)
                 turns.append({"local": local, "bare": bare_together(subject, both), 1: one, 2: two})
     local, bare = [turn["local"] for turn in turns], statistics.median(turn["bare"] for turn in turns)

@@ -22,6 +22,7 @@ from oms_core.bench.cluster import many_pictures
 from oms_core.compute import SHARD, score
 from oms_core.errors import InputError
 from oms_core.files import ASSETS
+from oms_core.location import Location
 from oms_core.run import Run, plan, scores
 
 KILLS = 5  # of a worker, and as many of the driver
@@ -204,7 +205,7 @@ def score_here(model: str, images: Path, kept: Path) -> None:
     torch.set_num_threads(2)
     try:
         with kept_in(kept):
-            run = Run(model, str(images), attacks=(ATTACK,), **SETTINGS)
+            run = Run(model, Location(images), attacks=(ATTACK,), **SETTINGS)
             scores(plan(run), score(run)).to_parquet(f"{kept}.parquet", index=False)
     finally:
         torch.set_num_threads(threads)

@@ -14,6 +14,7 @@ from oms_core.evaluation import with_rivals
 from oms_core.evidence import p_values
 from oms_core.run import Plan, lookup, plan, scores
 from pages.common.context import Context, control, update
+from pages.common.gate import gated, is_flag
 from pages.common.shell import false_alarms, signals, timestep
 
 STEPS = 3
@@ -42,7 +43,9 @@ def controls(context: Context) -> int:
     """One More Step, timestep, attack and false-alarm rate; n."""
     first, left, middle, right = st.columns(4, vertical_alignment="bottom")
     st.session_state["oms"] = context.n > 1
-    first.toggle("**+ One More Step**", key="oms", on_change=flip, help="d(0, 2) instead of d(0, 1).")
+    gated(
+        first.toggle, "**+ One More Step**", "oms", is_flag, on_change=flip, help="d(0, 2) instead of d(0, 1)."
+    )  # fmt: skip
     with left:
         timestep()
     with middle:

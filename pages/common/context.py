@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 import streamlit as st
 
-from oms_core import catalog
 from oms_core.attacks import ATTACKS, SEARCHES
 from oms_core.errors import InputError
-from oms_core.images import BUILT_IN
+from oms_core.location import Location
 from oms_core.run import Run, plan
+from pages.common import gate
+from pages.common.gate import DEFAULT_MODEL, OWN_IMAGES, between, gated, gated_choice, one_of
 
-CAPTIONS = ("given", "blip", "none")
 STATE, WRITTEN, PROBLEMS, CLICKED = "context", "context written", "context problems", "clicked"
-MAX_SHOWN_STEPS = 10
-RATES = (0.001, 0.01, 0.05, 0.1)
 
 
 @dataclass(frozen=True)
 class Context:
-    """The choices that every page shares. A copied address restores all of them."""
+    """The choices that every page shares. A copied address restores all of them.
 
-    model: str = "ddpm-digits"
-    images: str = ""  # "": the set that the model was trained on
+    Raises:
+        TypeError: the model or the image set is a plain string, which no visitor has chosen at the gate.
+    """
+
+    model: Location = DEFAULT_MODEL
+    images: Location = OWN_IMAGES
     captions: str = "given"  # for a model that takes them
     attack: str = "NA"
     t: int | None = None  # None: the model card's or the paper's for each attack
@@ -39,6 +39,11 @@ class Context:
     second: str = ""
     step: int = 0
     pick: str = ""  # the picture that was clicked, likewise
+
+    def __post_init__(self) -> None:
+        for name in ("model", "images"):
+            if not isinstance(getattr(self, name), Location):
+                raise TypeError(f"{name} is no Location")
 
     def run(self, attacks: tuple[str, ...] | None = None, steps: int = 3) -> Run:
         """The run that the pages compute or look up."""
@@ -54,92 +59,16 @@ class Context:
         )
 
 
-def parse(params: dict[str, str]) -> tuple[dict[str, Any], list[str]]:
-    """Known parameters of an address as values, and a sentence for each one that cannot be used."""
-    values, problems = {}, []
-    for spec in fields(Context):
-        if spec.name in params:
-            try:
-                values[spec.name] = checked(spec.name, spec.type, params[spec.name])
-            except (ValueError, InputError) as error:
-                shown = params[spec.name][:40]
-                reason = str(error) if isinstance(error, InputError) else "it has not the form that is needed."
-                problems.append(f"The address asks for {spec.name} = {shown!r}, which is ignored: {reason}")
-    return values, problems
-
-
-def checked(name: str, kind: str, text: str) -> Any:
-    """One parameter as a value.
-
-    Raises:
-        ValueError, InputError: it has the wrong form, or is not among what there is.
-    """
-    if kind.startswith("int"):
-        value = int(text)
-        low, high = {"n": (1, 3), "step": (0, MAX_SHOWN_STEPS), "limit": (20, 10**6)}.get(name, (0, 2**31 - 1))
-        if not low <= value <= high:
-            raise InputError(f"it must lie between {low} and {high}.")
-        return value
-    if kind == "float":
-        if float(text) not in RATES:
-            raise InputError(f"it must be one of {', '.join(map(str, RATES))}.")
-        return float(text)
-    if name == "model" and text not in choices():
-        raise InputError(f"the models here are {', '.join(models())}.")
-    if name == "images" and text not in image_sets():
-        raise InputError(f"the image sets here are {', '.join(image_sets())}.")
-    if name == "captions" and text not in CAPTIONS and not (text.startswith("text:") and len(text) <= 300):
-        raise InputError(f"captions are {', '.join(CAPTIONS)}, or text: and words.")
-    if name == "attack" and text not in ATTACKS:
-        raise InputError(f"the attacks are {', '.join(ATTACKS)}.")
-    if name in ("first", "second", "pick") and not (text.isalnum() and len(text) <= 64):
-        raise InputError("it is not the name of a picture.")
-    return text
-
-
-def models() -> list[str]:
-    """The models that a visitor may pick: built in, closed form, and in the folders that the owner opened."""
-    ideal = [f"ideal:{images}" for images in BUILT_IN]
-    return [*catalog.built_in(), *ideal, *opened("OMS_MODELS", ("model_index.json", "config.json"))]
-
-
-def image_sets() -> list[str]:
-    """The image sets that a visitor may pick: built in, and in the folders that the owner opened."""
-    return [*BUILT_IN, *opened("OMS_IMAGES")]
-
-
-def opened(setting: str, marks: tuple[str, ...] = ()) -> list[str]:
-    """The folders (or, without marks, also files) directly below those that a setting names, which only the owner sets.
-
-    Args:
-        setting: an environment variable with folders, separated as in PATH.
-        marks: a folder counts if it holds one of these.
-    """
-    found = []
-    for root in filter(None, os.environ.get(setting, "").split(os.pathsep)):
-        for path in sorted(Path(root).resolve().glob("*")):
-            marked = any((path / mark).is_file() for mark in marks)
-            usable = path.is_dir() or path.suffix in (".zip", ".parquet")
-            if not path.name.startswith(".") and (marked if marks else usable):
-                found.append(str(path))
-    return found
-
-
-def choices() -> list[str]:
-    """The same with every snapshot."""
-    return models() + [f"{name}@{epoch}" for name in catalog.built_in() for epoch in catalog.epochs(name)]
-
-
 def current() -> Context:
     """The context of this visitor; the address wins where it differs from what was last written there."""
     state, written = st.session_state, st.session_state.get(WRITTEN, {})
     context = state.get(STATE, Context())
     asked = {key: value for key, value in st.query_params.items() if written.get(key) != value}
-    values, problems = parse(asked)
+    values, problems = gate.parse(asked)
     context = replace(context, **values)
     problems += unusable(context)
     if problems and unusable(context):
-        context = replace(context, t=None, images="", captions="given", attack="NA")
+        context = replace(context, t=None, images=OWN_IMAGES, captions="given", attack="NA")
     if values or problems:
         state[PROBLEMS] = problems
     if values.get("pick"):
@@ -160,11 +89,11 @@ def unusable(context: Context) -> list[str]:
 def write(context: Context) -> None:
     """Keep a context, and mirror what is not default in the address."""
     default = Context()
-    params = {
-        spec.name: str(value)
-        for spec in fields(Context)
-        if (value := getattr(context, spec.name)) != getattr(default, spec.name)
-    }
+    values = {spec.name: getattr(context, spec.name) for spec in fields(Context)}
+    params = {name: str(value) for name, value in values.items() if value != getattr(default, name)}
+    for name, choices in (("model", gate.models), ("images", gate.image_sets)):
+        if name in params:
+            params[name] = gate.name_of(values[name], choices())
     st.session_state[STATE], st.session_state[WRITTEN] = context, params
     if dict(st.query_params) != params:
         st.query_params.from_dict(params)
@@ -197,11 +126,13 @@ def kept(widget: Callable[..., Any], label: str, name: str, default: Any, option
         state[key] = [one for one in value if one in options]
     else:
         state[key] = value if value in options else default
-    return widget(label, options, key=key, on_change=lambda: state.update({name: state[key]}), **more)
+    return gated_choice(widget, label, key, options, on_change=lambda: state.update({name: state[key]}), **more)
 
 
 def control(widget: Callable[..., Any], label: str, name: str, **options: Any) -> Any:
-    """A widget for one field of the context."""
+    """A widget for one field of the context, which offers options or numbers between limits."""
     key = f"control {name}"
+    offered = options.get("options")
+    rule = between(options["min_value"], options["max_value"]) if offered is None else one_of(offered)
     st.session_state[key] = getattr(st.session_state[STATE], name)
-    return widget(label, key=key, on_change=lambda: update(**{name: st.session_state[key]}), **options)
+    return gated(widget, label, key, rule, on_change=lambda: update(**{name: st.session_state[key]}), **options)

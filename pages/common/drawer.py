@@ -14,8 +14,9 @@ from oms_core.exhibits import members
 from oms_core.run import Plan, Trace, lookup, lookup_trace, plan, residuals
 from pages.common.attacks import STEPS, held_out_p
 from pages.common.context import STATE, Context, update
-from pages.common.pictures import find, kind, literal, strip, thumbnail
+from pages.common.pictures import find, kind, strip, thumbnail
 from pages.common.shell import ask, follow, guarded, show
+from pages.common.text import literal
 
 SHOWN_STEPS = 10
 WIDTH = 720  # pixels

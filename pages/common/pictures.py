@@ -1,7 +1,5 @@
 """Pictures of a set for people: enlarged, found, and what a model sees in them."""
 
-import re
-
 import numpy as np
 import pandas as pd
 import streamlit as st
@@ -39,11 +37,6 @@ def find(table: pd.DataFrame, beginning: str) -> pd.Series:
     if found.empty:
         raise InputError(f"The set has no picture {beginning!r}; choose another one, or another image set.")
     return found.iloc[0]
-
-
-def literal(text: str) -> str:
-    """A name or a caption as Markdown that shows just that: files may be called anything."""
-    return re.sub(r"([\\`*_\[\]()!<>&$:~#|])", r"\\\1", text)
 
 
 def kind(member: bool) -> str:

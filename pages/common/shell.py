@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 import uuid
@@ -25,7 +24,10 @@ from oms_core.images import BUILT_IN
 from oms_core.jobs import SERVICE, Job
 from oms_core.run import Plan, Run, calls, lookup, plan
 from pages.common import context as chosen
-from pages.common.context import RATES, Context, control, current, including
+from pages.common import gate
+from pages.common.context import Context, control, current, including
+from pages.common.gate import OWN_IMAGES, RATES, gated, gated_choice
+from pages.common.text import literal
 
 log = logging.getLogger(__name__)
 get_logger("oms_core").propagate = True  # what the engine says reaches the server's log too, and whoever else listens
@@ -36,6 +38,7 @@ FAMILY_NAMES = {
     "stable_diffusion": "Stable Diffusion on latents with captions",
     "transformer": "diffusion transformer on latents",
 }
+ANEW = {"first": "", "second": "", "step": 0, "pick": ""}  # choices that another model or image set undoes
 WARM_UP_AFTER = 2.0  # seconds
 PLAIN = {"displayModeBar": False}  # a Plotly chart without its tools
 PAGES = (
@@ -58,15 +61,17 @@ def begin(title: str, question: str) -> Context:
     try:
         if not catalog.built_in():
             raise InputError("The folder assets/models is empty; restore it by git checkout assets, then reload.")
+        gate.enter()
         context = current()
         with st.sidebar:
             links()
             pick_model(context)
     except InputError as error:
-        st.error(str(error))
+        st.error(sentence(error))
         st.stop()
+    gate.report()
     for problem in st.session_state.get(chosen.PROBLEMS, []):
-        st.warning(problem, icon=":material/link_off:")
+        st.warning(sentence(problem), icon=":material/link_off:")
     return context
 
 
@@ -95,15 +100,14 @@ def import_slow_libraries() -> None:
 
 def pick_model(context: Context) -> None:
     """The model, the epoch of its weights, and what it is."""
-    base = context.model.partition("@")[0]
-    key = "picked model"
-    st.session_state[key] = base
-    st.selectbox(
+    key, models = "picked model", gate.models()
+    base = st.session_state[key] = gate.base_of(context.model)
+    gated_choice(
+        st.selectbox,
         "Model",
-        chosen.models(),
-        key=key,
-        on_change=lambda: chosen.update(model=st.session_state[key], images="", first="", second="", step=0, pick=""),
-        format_func=short,
+        key,
+        list(models),
+        on_change=lambda: chosen.update(model=models[st.session_state[key]], images=OWN_IMAGES, **ANEW),
         help="Small diffusion models that were trained for this app, the closed-form ideal memoriser, and the models "
         "in folders that the owner of this app opened with OMS_MODELS.",
     )
@@ -114,28 +118,22 @@ def pick_model(context: Context) -> None:
     pick_images(context, model)
     if model.captioned:
         pick_captions(context)
-    good, sentence = fit(context, model)
-    (st.success if good else st.warning)(sentence, icon=":material/check:" if good else ":material/help:")
-
-
-def short(name: str) -> str:
-    """A model or an image set as the pickers show it: of a folder only the last part."""
-    return os.path.basename(name) if os.path.isabs(name) else name
+    good, said = fit(context, model)
+    (st.success if good else st.warning)(said, icon=":material/check:" if good else ":material/help:")
 
 
 def pick_images(context: Context, model: catalog.Model) -> None:
     """The image set, where there is more than the model's own to choose from."""
-    key, sets = "picked images", chosen.image_sets()
-    own = model.images or sets[0]
-    if own in sets and len(sets) == len(BUILT_IN) and model.card:
+    key, sets = "picked images", gate.image_sets()
+    if len(sets) == len(BUILT_IN) and model.card:
         return
-    st.session_state[key] = context.images or own
-    st.selectbox(
+    st.session_state[key] = gate.name_of(context.images or model.images or next(iter(sets)), sets)
+    gated_choice(
+        st.selectbox,
         "Image set",
-        sets if own in sets else [own, *sets],
-        key=key,
-        format_func=short,
-        on_change=lambda: chosen.update(images=st.session_state[key], first="", second="", step=0, pick=""),
+        key,
+        list(sets),
+        on_change=lambda: chosen.update(images=sets[st.session_state[key]], **ANEW),
         help="Built in, or in a folder that the owner of this app opened with OMS_IMAGES.",
     )
 
@@ -145,10 +143,11 @@ def pick_captions(context: Context) -> None:
     kind, key = context.captions.partition(":")[0], "picked captions"
     st.session_state[key] = kind
     words = {"given": "given with the pictures", "blip": "written by BLIP", "none": "none", "text": "one of your own"}
-    st.selectbox(
+    gated_choice(
+        st.selectbox,
         "Captions",
+        key,
         list(words),
-        key=key,
         format_func=words.get,
         on_change=lambda: chosen.update(
             captions=st.session_state[key] if st.session_state[key] != "text" else "text:a photo"
@@ -157,10 +156,12 @@ def pick_captions(context: Context) -> None:
     )
     if kind == "text":
         st.session_state["own caption"] = context.captions.partition(":")[2]
-        st.text_input(
+        gated(
+            st.text_input,
             "Caption of every picture",
-            key="own caption",
-            max_chars=200,
+            "own caption",
+            gate.is_words,
+            max_chars=gate.LONGEST_CAPTION,
             on_change=lambda: chosen.update(captions=f"text:{st.session_state['own caption']}"),
         )
 
@@ -170,9 +171,11 @@ def fit(context: Context, model: catalog.Model) -> tuple[bool, str]:
     planned = plan(context.run())
     images = planned.images
     if images.name == model.images:
-        return True, f"{len(images)} pictures of {short(images.name)} fit; the split is ours, so we know the members."
+        own = gate.name_of(images.name, gate.image_sets())
+        return True, f"{len(images)} pictures of {literal(own)} fit; the split is ours, so we know the members."
     picture, _ = decode(images.read(images.table.index[0]))
-    says = f"Who is a member is what {short(images.name)} says; this model may never have seen them."
+    name = literal(gate.name_of(images.name, gate.image_sets()))
+    says = f"Who is a member is what {name} says; this model may never have seen them."
     height, width = model.profile.size
     if (picture.height, picture.width) != (height, width):
         says += f" Pictures are brought from {picture.height} x {picture.width} to {height} x {width}."
@@ -185,15 +188,14 @@ def pick_epoch(context: Context, base: str) -> None:
     """The training epoch after which the weights were kept."""
     default = catalog.built_in()[base]["recipe"]["default"]
     key = "picked epoch"
-    epoch = context.model.partition("@")[2]
+    epoch = context.model.removeprefix(base).removeprefix("@")
     st.session_state[key] = int(epoch) if epoch else default
-    st.select_slider(
+    gated_choice(
+        st.select_slider,
         "Weights after epoch",
+        key,
         catalog.epochs(base),
-        key=key,
-        on_change=lambda: chosen.update(
-            model=base if st.session_state[key] == default else f"{base}@{st.session_state[key]}"
-        ),
+        on_change=lambda: chosen.update(model=gate.after_epoch(base, st.session_state[key], default)),
         help="Early weights have not memorised yet; late ones leave no room for One More Step.",
     )
 
@@ -234,7 +236,7 @@ def guarded() -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        st.error(str(error))
+        st.error(sentence(error))
     except Exception as error:
         if type(error).__module__.startswith("streamlit"):
             raise  # stop, rerun: Streamlit's own control flow
@@ -243,6 +245,11 @@ def guarded() -> Iterator[None]:
         st.error(
             f"Something went wrong that should not; the server's log has the details under {number}. Reload the page."
         )
+
+
+def sentence(said: object) -> str:
+    """A message of the engine, which may name files and labels, as Markdown without markup of theirs."""
+    return literal(gate.without_roots(str(said)))
 
 
 def show(chart: Chart, key: str, caption: str = "", clicked: Callable[[str], None] | None = None) -> None:
@@ -262,18 +269,25 @@ def show(chart: Chart, key: str, caption: str = "", clicked: Callable[[str], Non
         said += "" if clicked else " A click on a point opens its picture."
     else:
         st.plotly_chart(chart.figure, key=key, alt=chart.alt, config=PLAIN)
-    st.caption(said)
+    st.caption(literal(said))
     with st.expander("Table"):
-        st.table(chart.table, hide_index=True)
+        st.table(chart.table.map(lambda cell: literal(cell) if isinstance(cell, str) else cell), hide_index=True)
 
 
 @st.fragment
 def clickable(chart: Chart, key: str, clicked: Callable[[str], None]) -> None:
     """A chart that follows a click alone, without the rest of its page."""
+    gate.report()
+    gate.register(key, "the chart", gate.points_of(carried_by(chart)))
     follow(key, clicked)  # first: drawing a large chart takes longer than opening a picture
     st.plotly_chart(
         chart.figure, key=key, alt=chart.alt, config=PLAIN, on_select=lambda: note_click(key), selection_mode="points"
     )
+
+
+def carried_by(chart: Chart) -> frozenset[str]:
+    """What the points of a chart carry."""
+    return frozenset(one for trace in chart.figure.data if trace.customdata is not None for one in trace.customdata)
 
 
 def note_click(key: str) -> None:
@@ -346,7 +360,7 @@ def offer(missing: list[Plan], job: Job | None, what: str, key: str) -> None:
     """Say that something must be computed first, what became of the last try, and how to start."""
     warm_up()
     if job is not None and job.state == "failed":
-        st.error(job.error)
+        st.error(sentence(job.error))
     elif job is not None and job.state == "cancelled":
         st.info(f"Cancelled after {job.done} of {job.total} pictures; what was finished is kept.")
     asked = sum(asked_at_most(planned) for planned in missing)
