@@ -20,6 +20,7 @@ from oms_core.errors import InputError
 from oms_core.export import findings_csv, findings_page
 from oms_core.figures import Chart, ruler
 from oms_core.images import ImageSet, open_images
+from oms_core.location import Location
 from oms_core.people import plain
 from oms_core.run import Run, about, lookup, plan
 from oms_core.uploads import received
@@ -111,12 +112,12 @@ def test_pictures_of_another_kind_set_off_the_alarm_in_the_first_line() -> None:
 
 
 @pytest.fixture
-def half(tmp_path: Path, pictures: Path) -> dict[str, str]:
+def half(tmp_path: Path, pictures: Path) -> dict[str, Location]:
     """Members only, and non-members only."""
     found = {}
     for role in ("member", "nonmember"):
         (tmp_path / role).symlink_to(pictures / role)
-        found[role] = f"{role}={pictures / role}"
+        found[role] = Location(f"{role}={pictures / role}")
     return found
 
 
@@ -126,9 +127,9 @@ def some(count: int, *shape: int, seed: int = 5) -> ImageSet:
 
 
 def test_without_known_non_members_pictures_are_put_in_order_and_nothing_more(
-    pipeline: Path, half: dict[str, str]
+    pipeline: Path, half: dict[str, Location]
 ) -> None:
-    found = audited(Run(str(pipeline), half["member"], attacks=("NA",), t=100), some(3, 8, 8))
+    found = audited(Run(Location(pipeline), half["member"], attacks=("NA",), t=100), some(3, 8, 8))
     assert (found.reference, found.members) == (0, 6)
     assert found.pictures.score.notna().all()
     assert found.pictures[["p", "flagged", "q", "unusual"]].isna().all(axis=None)
@@ -142,9 +143,9 @@ def test_without_known_non_members_pictures_are_put_in_order_and_nothing_more(
 
 
 def test_without_known_members_pictures_are_judged_but_the_power_is_unknown(
-    pipeline: Path, half: dict[str, str]
+    pipeline: Path, half: dict[str, Location]
 ) -> None:
-    found = audited(Run(str(pipeline), half["nonmember"], attacks=("NA",), t=100), some(3, 8, 8), fpr=0.5)
+    found = audited(Run(Location(pipeline), half["nonmember"], attacks=("NA",), t=100), some(3, 8, 8), fpr=0.5)
     assert (found.reference, found.members) == (6, 0)
     assert found.pictures.p.notna().all()
     assert 1 in found.sets
@@ -154,13 +155,13 @@ def test_without_known_members_pictures_are_judged_but_the_power_is_unknown(
 
 
 def test_a_rate_below_what_the_reference_can_show_is_not_decided(pipeline: Path, pictures: Path) -> None:
-    found = audited(Run(str(pipeline), str(pictures), attacks=("NA",), t=100), some(2, 8, 8), fpr=0.01)
+    found = audited(Run(Location(pipeline), Location(pictures), attacks=("NA",), t=100), some(2, 8, 8), fpr=0.01)
     assert not found.pictures.flagged.any()
     assert "takes 99 known non-members, and there are 6" in audit.verdict_of(found, next(found.pictures.itertuples()))
 
 
 def test_a_single_picture_is_judged_alone(pipeline: Path, pictures: Path) -> None:
-    found = audited(Run(str(pipeline), str(pictures), attacks=("NA",), t=100), some(1, 8, 8), fpr=0.5)
+    found = audited(Run(Location(pipeline), Location(pictures), attacks=("NA",), t=100), some(1, 8, 8), fpr=0.5)
     assert found.sets == {}
     assert "from two pictures on" in audit.said_of_set(found, 1)
     assert "are too few to see" in audit.in_question(found)
@@ -207,7 +208,7 @@ def test_nothing_of_a_visitors_pictures_is_kept(model: str, cache_folder: Path) 
 
 
 def test_what_is_not_kept_is_what_would_have_been_kept(pipeline: Path, pictures: Path) -> None:
-    planned = plan(Run(str(pipeline), str(pictures), attacks=("NA", "PIA", "SecMI"), t=100, batch=16))
+    planned = plan(Run(Location(pipeline), Location(pictures), attacks=("NA", "PIA", "SecMI"), t=100, batch=16))
     kept, fresh = measured(planned), unkept(planned)
     for name in kept:
         pd.testing.assert_frame_equal(kept[name], fresh[name])
@@ -217,7 +218,7 @@ def test_what_is_not_kept_is_what_would_have_been_kept(pipeline: Path, pictures:
 
 
 def test_the_distances_of_a_trace_are_those_of_the_signal(pipeline: Path, pictures: Path) -> None:
-    planned = plan(Run(str(pipeline), str(pictures), attacks=("SecMI",), t=100, batch=1))
+    planned = plan(Run(Location(pipeline), Location(pictures), attacks=("SecMI",), t=100, batch=1))
     signal = measured(planned)["SecMI"]
     found = compute_trace(planned, signal.image.iloc[0]).distances()
     assert found.iloc[0].to_dict() == pytest.approx(signal.iloc[0].drop("image").to_dict(), rel=1e-4)
@@ -276,7 +277,7 @@ def test_the_command_line_says_the_same(
     assert [row["file"] for row in found["pictures"]] == ["0.png", "1.png", "2.png"] * 2
     assert found["rejected"][0]["file"] == "broken.png"
     assert "not scored: broken.png" in err
-    run = Run(str(pipeline), str(pictures), attacks=("NA",), t=100)
+    run = Run(Location(pipeline), Location(pictures), attacks=("NA",), t=100)
     expected = audited(run, some(3, 8, 8), 0.5).pictures
     assert [row["p"] for row in found["pictures"]] == pytest.approx(expected.p.astype(float).tolist())
     code, out, _ = run_main(asked, capsys)

@@ -14,6 +14,7 @@ from oms_core.bench.base import Subject, in_turns, middle_ratio, row
 from oms_core.device import MODES
 from oms_core.distributed import Cluster, started
 from oms_core.images import open_images
+from oms_core.location import Location
 
 SUBJECT = Subject("ddpm-digits", 16, 8)
 
@@ -83,7 +84,7 @@ def test_the_repeated_set_has_new_identities_and_the_same_pictures() -> None:
 
 def test_the_pictures_for_a_cluster_are_all_different_files(tmp_path: Path) -> None:
     cluster.many_pictures("digits", 2000, tmp_path / "many.parquet")
-    found = open_images(str(tmp_path / "many.parquet"))
+    found = open_images(Location(tmp_path / "many.parquet"))
     assert len(found) == 2000
     assert not len(found.rejected)
     assert set(found.table.role) == {"member", "nonmember"}

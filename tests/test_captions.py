@@ -7,15 +7,18 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import tiny
 import torch
+from watch import watched
 
 from oms_core import captions, compute
 from oms_core.device import Placement
 from oms_core.errors import InputError
 from oms_core.images import open_images
+from oms_core.location import Location
 from oms_core.run import Run, plan, scores
 from oms_core.training import captioner as training
 
@@ -36,9 +39,9 @@ def blip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def stable_diffusion(tmp_path_factory: pytest.TempPathFactory) -> str:
+def stable_diffusion(tmp_path_factory: pytest.TempPathFactory) -> Location:
     """A model that takes captions; not to be changed."""
-    return str(tiny.save_stable_diffusion(tmp_path_factory.mktemp("model") / "sd"))
+    return Location(tiny.save_stable_diffusion(tmp_path_factory.mktemp("model") / "sd"))
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +59,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_every_picture_gets_a_caption_in_the_order_of_the_set(blip: Path, pictures: Path, asked: list[int]) -> None:
-    captioner, images, told = captions.describe(str(blip)), open_images(str(pictures)), []
+    captioner, images, told = captions.describe(Location(blip)), open_images(Location(pictures)), []
     assert captions.written(captioner, images).empty
     texts = captions.write(captioner, images, CPU, lambda done, total: told.append((done, total)))
     assert [*texts.index] == [*images.table.image]
@@ -69,7 +72,7 @@ def test_every_picture_gets_a_caption_in_the_order_of_the_set(blip: Path, pictur
 def test_a_caption_does_not_depend_on_the_company(blip: Path, pictures: Path) -> None:
     from oms_core.decode import decode
 
-    captioner, images = captions.describe(str(blip)), open_images(str(pictures))
+    captioner, images = captions.describe(Location(blip)), open_images(Location(pictures))
     texts = captions.write(captioner, images, CPU)
     write = captions.loaded(captioner, CPU)
     for row, image in images.table.image.items():
@@ -77,14 +80,14 @@ def test_a_caption_does_not_depend_on_the_company(blip: Path, pictures: Path) ->
 
 
 def test_what_was_written_is_never_asked_again(tmp_path: Path, blip: Path, pictures: Path, asked: list[int]) -> None:
-    captioner, images = captions.describe(str(blip)), open_images(str(pictures))
+    captioner, images = captions.describe(Location(blip)), open_images(Location(pictures))
     first = captions.write(captioner, images, CPU)
     asked.clear()
     assert captions.write(captioner, images, CPU).equals(first)
     moved = shutil.copytree(pictures, tmp_path / "other")  # another set with some of the pictures and a new one
     (moved / "member" / "0.png").unlink()
     shutil.copy(next((pictures / "nonmember").iterdir()), moved / "member" / "copy.png")
-    other = open_images(str(moved))
+    other = open_images(Location(moved))
     known = captions.write(captioner, other, CPU)
     assert asked == []
     assert known.equals(first[other.table.image])
@@ -93,7 +96,7 @@ def test_what_was_written_is_never_asked_again(tmp_path: Path, blip: Path, pictu
 def test_a_stopped_captioner_goes_on_where_it_was(
     tmp_path: Path, blip: Path, pictures: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    captioner, images = captions.describe(str(blip)), open_images(str(pictures))
+    captioner, images = captions.describe(Location(blip)), open_images(Location(pictures))
 
     def stop(done: int, total: int) -> None:
         raise KeyboardInterrupt
@@ -111,27 +114,41 @@ def test_a_stopped_captioner_goes_on_where_it_was(
 
 def test_another_captioner_has_its_own_captions(tmp_path: Path, blip: Path, pictures: Path) -> None:
     other = shutil.copytree(blip, tmp_path / "other")
-    assert captions.describe(str(other)).fingerprint == captions.describe(str(blip)).fingerprint
+    assert captions.describe(Location(other)).fingerprint == captions.describe(Location(blip)).fingerprint
     config = json.loads((other / "preprocessor_config.json").read_bytes())
     (other / "preprocessor_config.json").write_text(json.dumps(config | {"image_mean": [0, 0, 0]}))
-    assert captions.describe(str(other)).fingerprint != captions.describe(str(blip)).fingerprint
-    images = open_images(str(pictures))
-    captions.write(captions.describe(str(blip)), images, CPU)
-    assert captions.written(captions.describe(str(other)), images).empty
+    assert captions.describe(Location(other)).fingerprint != captions.describe(Location(blip)).fingerprint
+    images = open_images(Location(pictures))
+    captions.write(captions.describe(Location(blip)), images, CPU)
+    assert captions.written(captions.describe(Location(other)), images).empty
 
 
 def test_a_shipped_captioner_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, blip: Path) -> None:
     shutil.copytree(blip, tmp_path / "tiny" / "epoch-0003")
     (tmp_path / "tiny" / "card.json").write_text(json.dumps({"recipe": {"default": 3}}))
     monkeypatch.setattr(captions, "SHIPPED", tmp_path)
-    assert captions.describe("tiny").fingerprint == captions.describe(str(blip)).fingerprint
+    assert captions.describe("tiny").fingerprint == captions.describe(Location(blip)).fingerprint
 
 
 @pytest.mark.parametrize("name", ["", "nothing", "../nothing", "a\0b", "http://a/b"])
 def test_an_unknown_captioner_is_refused_in_one_sentence(name: str) -> None:
     with pytest.raises(InputError, match=r"There is no captioner or folder .*; built in are") as refusal:
-        captions.describe(name)
+        captions.describe(Location(name))
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["{}", "owner/name"])
+def test_a_plain_string_opens_no_captioner_that_is_not_built_in(
+    blip: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    for client in ("HfApi", "snapshot_download"):
+        monkeypatch.setattr(huggingface_hub, client, lambda *_, **__: pytest.fail("something is fetched"))
+    with watched() as seen, pytest.raises(InputError, match=r"There is no built-in captioner .*Location\(name\)"):
+        captions.describe(name.format(blip))
+    assert not [one for one in seen if str(blip) in one.path]
+    with watched() as seen:
+        captions.describe(Location(blip))
+    assert [one for one in seen if str(blip) in one.path]  # or nothing would be seen above either
 
 
 def other_config(folder: Path) -> None:
@@ -158,7 +175,7 @@ def test_a_damaged_captioner_is_refused_in_one_sentence(tmp_path: Path, blip: Pa
     change, expected = DAMAGED[name]
     change(folder)
     with pytest.raises(InputError) as refusal:
-        captions.write(captions.describe(str(folder)), open_images(str(pictures)), CPU)
+        captions.write(captions.describe(Location(folder)), open_images(Location(pictures)), CPU)
     assert expected in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
@@ -167,10 +184,15 @@ def test_a_damaged_captioner_is_refused_in_one_sentence(tmp_path: Path, blip: Pa
 
 
 def test_a_run_has_its_captions_written_and_scores_with_them(
-    blip: Path, stable_diffusion: str, pictures: Path, asked: list[int]
+    blip: Path, stable_diffusion: Location, pictures: Path, asked: list[int]
 ) -> None:
     run = Run(
-        model=stable_diffusion, images=str(pictures), attacks=("PIA",), captions="blip", captioner=str(blip), batch=6
+        model=stable_diffusion,
+        images=Location(pictures),
+        attacks=("PIA",),
+        captions="blip",
+        captioner=Location(blip),
+        batch=6,
     )
     assert plan(run).images.table.caption.isna().all()
     stages = []
@@ -179,40 +201,42 @@ def test_a_run_has_its_captions_written_and_scores_with_them(
     assert len(table) == 12 * 3
     assert np.isfinite(table.score).all()
     planned = plan(run)
-    assert [*planned.images.table.caption] == [*captions.written(captions.describe(str(blip)), planned.images)]
+    assert [*planned.images.table.caption] == [*captions.written(captions.describe(Location(blip)), planned.images)]
     asked.clear()
     compute.score(run)
     assert asked == []
 
 
 def test_different_captions_are_different_results(
-    tmp_path: Path, blip: Path, stable_diffusion: str, pictures: Path
+    tmp_path: Path, blip: Path, stable_diffusion: Location, pictures: Path
 ) -> None:
     with_words = shutil.copytree(pictures, tmp_path / "with words")
     for path in with_words.rglob("*.png"):
         path.with_suffix(".txt").write_text("a photo of a dog")
-    run = {"model": stable_diffusion, "attacks": ("PIA",), "captioner": str(blip)}
+    run = {"model": stable_diffusion, "attacks": ("PIA",), "captioner": Location(blip)}
     asked_for = [(with_words, "given"), *((pictures, kind) for kind in ("none", "blip", "text:a cat", "text:a dog"))]
-    plans = [plan(Run(**run, images=str(images), captions=kind)) for images, kind in asked_for]
+    plans = [plan(Run(**run, images=Location(images), captions=kind)) for images, kind in asked_for]
     assert len({planned.tasks[0].key for planned in plans}) == len(plans)
     assert len({planned.images.digest for planned in plans}) == 1
     assert [planned.images.table.caption.iloc[0] for planned in plans[:2]] == ["a photo of a dog", ""]
     assert {*plans[3].images.table.caption} == {"a cat"}
-    same = plan(Run(**run, images=str(with_words), captions="text:a photo of a dog"))
+    same = plan(Run(**run, images=Location(with_words), captions="text:a photo of a dog"))
     assert same.tasks[0].key == plans[0].tasks[0].key  # it is the words that count
     one, other = (
-        compute.score(Run(**run, images=str(pictures), captions=f"text:a {x}"))["PIA"] for x in ("cat", "dog")
+        compute.score(Run(**run, images=Location(pictures), captions=f"text:a {x}"))["PIA"] for x in ("cat", "dog")
     )
     assert not np.allclose(one["d(0,1) p=4"], other["d(0,1) p=4"], rtol=1e-4)
 
 
-def test_a_run_without_the_captions_that_it_needs_is_refused(stable_diffusion: str, pictures: Path) -> None:
+def test_a_run_without_the_captions_that_it_needs_is_refused(stable_diffusion: Location, pictures: Path) -> None:
     with pytest.raises(InputError, match=r"has no captions, which .* needs; use --captions blip .*--captions none\."):
-        plan(Run(model=stable_diffusion, images=str(pictures)))
+        plan(Run(model=stable_diffusion, images=Location(pictures)))
     with pytest.raises(InputError, match="There are no captions 'banana'; choose given, blip, none, or text:WORDS"):
-        plan(Run(model=stable_diffusion, images=str(pictures), captions="banana"))
+        plan(Run(model=stable_diffusion, images=Location(pictures), captions="banana"))
 
 
 def test_a_model_without_captions_ignores_them(pipeline: Path, pictures: Path) -> None:
-    one, other = (plan(Run(model=str(pipeline), images=str(pictures), captions=kind)) for kind in ("given", "text:a"))
+    one, other = (
+        plan(Run(model=Location(pipeline), images=Location(pictures), captions=kind)) for kind in ("given", "text:a")
+    )
     assert one.tasks[0].key == other.tasks[0].key

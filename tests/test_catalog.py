@@ -21,12 +21,14 @@ import torch
 from diffusers import UNet2DModel
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors.torch import load_file
+from watch import watched
 
 from oms_core import catalog
 from oms_core.catalog import describe
 from oms_core.decode import Profile
 from oms_core.errors import InputError
 from oms_core.images import open_images
+from oms_core.location import Location
 
 INDEX, NETWORK, SCHEDULER = "model_index.json", "unet/config.json", "scheduler/scheduler_config.json"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -123,11 +125,11 @@ REFUSED: dict[str, tuple[Change, str]] = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_folder_that_is_no_sound_model_is_refused_in_one_sentence(model: Path, name: str) -> None:
-    describe(str(model))  # what is refused below is the change, not the model
+    describe(Location(model))  # what is refused below is the change, not the model
     change, expected = REFUSED[name]
     change(model)
     with pytest.raises(InputError) as refusal:
-        describe(str(model))
+        describe(Location(model))
     assert expected in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
@@ -234,10 +236,10 @@ def test_a_pipeline_that_is_not_known_or_not_whole_is_refused_in_one_sentence(
 ) -> None:
     kind, change, expected = LATENT_REFUSED[name]
     folder = shutil.copytree(saved[kind], tmp_path / "model")
-    describe(str(folder))  # what is refused below is the change, not the model
+    describe(Location(folder))  # what is refused below is the change, not the model
     change(folder)
     with pytest.raises(InputError) as refusal:
-        describe(str(folder))
+        describe(Location(folder))
     assert expected in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
@@ -248,7 +250,7 @@ def test_a_safety_checker_and_parts_that_are_absent_do_not_matter(
 ) -> None:
     folder = shutil.copytree(saved["sd"], tmp_path / "model")
     setting(INDEX, safety_checker=["mine", "Checker"], image_encoder=part, controlnet=part)(folder)
-    assert describe(str(folder)).fingerprint == describe(str(saved["sd"])).fingerprint
+    assert describe(Location(folder)).fingerprint == describe(Location(saved["sd"])).fingerprint
 
 
 @pytest.mark.parametrize(
@@ -265,31 +267,49 @@ def test_every_part_of_a_pipeline_decides_its_fingerprint(
 ) -> None:
     folder = shutil.copytree(saved["sd"], tmp_path / "model")
     change(folder)
-    assert describe(str(folder)).fingerprint != describe(str(saved["sd"])).fingerprint
+    assert describe(Location(folder)).fingerprint != describe(Location(saved["sd"])).fingerprint
 
 
 @pytest.mark.parametrize("name", ["", "nothing", "../nothing", "x" * 5000, "a\0b", "~/.ssh", "http://a/b", "\\\\a\\b"])
 def test_a_name_that_is_nothing_is_refused(name: str) -> None:
     with pytest.raises(InputError, match=r"There is no model or folder .*ideal:SET"):
-        describe(name)
+        describe(Location(name))
 
 
 def test_a_file_is_refused_as_a_model(pipeline: Path) -> None:
     with pytest.raises(InputError, match="is a file; name a diffusers folder"):
-        describe(str(pipeline / WEIGHTS))
+        describe(Location(pipeline / WEIGHTS))
 
 
 def test_a_folder_that_is_no_model_is_refused_for_that_and_not_for_what_else_it_holds(tmp_path: Path) -> None:
     (tmp_path / "app.py").write_text("")
     with pytest.raises(InputError, match=r"config\.json is missing"):
-        describe(str(tmp_path))
+        describe(Location(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["{}", "{}/unet", "owner/name", "ideal:{}", "ideal:member={}", "ideal:hub:owner/name"])
+def test_a_plain_string_opens_no_model_that_is_not_built_in(
+    pipeline: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    for client in ("HfApi", "snapshot_download"):
+        monkeypatch.setattr(huggingface_hub, client, lambda *_, **__: pytest.fail("something is fetched"))
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda *_, **__: pytest.fail("fetched")))
+    with (
+        watched() as seen,
+        pytest.raises(InputError, match=r"There is no built-in (model|image set) .*Location\(name\)"),
+    ):
+        describe(name.format(pipeline))
+    assert not [one for one in seen if str(pipeline) in one.path]
+    with watched() as seen:
+        describe(Location(pipeline))
+    assert [one for one in seen if str(pipeline) in one.path]  # or nothing would be seen above either
 
 
 # What is said of a sound model
 
 
 def test_a_pipeline_is_described_as_diffusers_sees_it(pipeline: Path) -> None:
-    model, unet = describe(str(pipeline)), UNet2DModel.from_pretrained(pipeline / "unet")
+    model, unet = describe(Location(pipeline)), UNet2DModel.from_pretrained(pipeline / "unet")
     assert model.parameters == unet.num_parameters()
     assert model.profile == Profile((8, 8), 1)
     assert model.timesteps == 1000
@@ -297,12 +317,12 @@ def test_a_pipeline_is_described_as_diffusers_sees_it(pipeline: Path) -> None:
 
 
 def test_a_network_alone_is_the_same_model_as_its_pipeline(pipeline: Path) -> None:
-    assert describe(str(pipeline / "unet")).fingerprint == describe(str(pipeline)).fingerprint
+    assert describe(Location(pipeline / "unet")).fingerprint == describe(Location(pipeline)).fingerprint
 
 
 def test_a_network_without_a_scheduler_gets_the_linear_schedule(pipeline: Path, tmp_path: Path) -> None:
     alone = shutil.copytree(pipeline / "unet", tmp_path / "alone")
-    assert describe(str(alone)).schedule == {
+    assert describe(Location(alone)).schedule == {
         "_class_name": "DDPMScheduler",
         "num_train_timesteps": 1000,
         "beta_schedule": "linear",
@@ -314,12 +334,12 @@ def test_weights_in_parts_are_one_model(pipeline: Path, model: Path) -> None:
     shutil.rmtree(model / "unet")
     unet.save_pretrained(model / "unet", max_shard_size="50KB")
     assert len(list((model / "unet").glob("*.safetensors"))) > 2
-    assert describe(str(model)).parameters == unet.num_parameters()
+    assert describe(Location(model)).parameters == unet.num_parameters()
 
 
 def test_a_fingerprint_does_not_depend_on_the_place(pipeline: Path, model: Path) -> None:
     (model / "README.md").write_text("another text")
-    assert describe(str(model)).fingerprint == describe(str(pipeline)).fingerprint
+    assert describe(Location(model)).fingerprint == describe(Location(pipeline)).fingerprint
 
 
 @pytest.mark.parametrize(
@@ -334,28 +354,28 @@ def test_a_fingerprint_does_not_depend_on_the_place(pipeline: Path, model: Path)
     ],
 )
 def test_a_fingerprint_changes_with_everything_that_decides_an_output(model: Path, change: Change) -> None:
-    before = describe(str(model)).fingerprint
+    before = describe(Location(model)).fingerprint
     change(model)
-    assert describe(str(model)).fingerprint != before
+    assert describe(Location(model)).fingerprint != before
 
 
 def test_an_ideal_model_is_decided_by_the_members_alone(tmp_path: Path, save_pictures: Save) -> None:
     one, other = save_pictures(tmp_path / "one", 8, 8, each=2), save_pictures(tmp_path / "other", 8, 8, each=2)
-    before = describe(f"ideal:{one}")
+    before = describe(Location(f"ideal:{one}"))
     assert (before.images, before.family, before.profile) == (str(one), "ideal", Profile((8, 8), 1))
     (other / "nonmember" / "0.png").unlink()
-    assert describe(f"ideal:{other}").fingerprint == before.fingerprint
+    assert describe(Location(f"ideal:{other}")).fingerprint == before.fingerprint
     (other / "member" / "0.png").unlink()
-    assert describe(f"ideal:{other}").fingerprint != before.fingerprint
+    assert describe(Location(f"ideal:{other}")).fingerprint != before.fingerprint
 
 
 def test_an_ideal_model_needs_a_set_with_members(tmp_path: Path, save_pictures: Save) -> None:
     folder = save_pictures(tmp_path / "set", 8, 8, each=1)
     shutil.rmtree(folder / "member")
     with pytest.raises(InputError, match="has no members"):
-        describe(f"ideal:{folder}")
+        describe(Location(f"ideal:{folder}"))
     with pytest.raises(InputError, match="no image set or folder ''"):
-        describe("ideal:")
+        describe(Location("ideal:"))
 
 
 # Built-in models
@@ -426,9 +446,9 @@ class Hub:
 
 def test_a_repository_is_fetched_at_one_commit(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = Hub(pipeline, monkeypatch, **{"README.md": 10**15, "unet/diffusion_pytorch_model.bin": 10**15})
-    model = describe("owner/name")
+    model = describe(Location("owner/name"))
     assert (model.name, model.commit) == ("owner/name", COMMIT)
-    assert model.fingerprint == describe(str(pipeline)).fingerprint
+    assert model.fingerprint == describe(Location(pipeline)).fingerprint
     ((name, revision, files),) = hub.asked
     assert (name, revision) == ("owner/name", COMMIT)
     assert sorted(files) == sorted([INDEX, NETWORK, SCHEDULER, WEIGHTS])
@@ -439,7 +459,7 @@ def test_a_repository_that_is_too_large_is_refused_before_it_is_fetched(
 ) -> None:
     hub = Hub(pipeline, monkeypatch, **{WEIGHTS: catalog.MAX_DOWNLOAD})
     with pytest.raises(InputError, match="owner/name is larger than 40 GB; fetch it yourself and name its folder"):
-        describe("owner/name")
+        describe(Location("owner/name"))
     assert hub.asked == []
 
 
@@ -451,7 +471,7 @@ def test_a_fetch_that_breaks_off_is_refused_in_one_sentence(pipeline: Path, monk
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(InputError, match=r"owner/name could not be fetched from Hugging Face; try again\."):
-        describe("owner/name")
+        describe(Location("owner/name"))
 
 
 ERRORS = [
@@ -479,11 +499,11 @@ def test_without_a_connection_what_was_fetched_before_is_used_and_else_one_sente
 
     monkeypatch.setattr(hub, "model_info", fail)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", local)
-    assert describe("owner/name").commit == COMMIT
-    assert describe("owner/name").fingerprint == describe(str(pipeline)).fingerprint
+    assert describe(Location("owner/name")).commit == COMMIT
+    assert describe(Location("owner/name")).fingerprint == describe(Location(pipeline)).fingerprint
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(InputError, match="'owner/name' is no folder here and cannot be fetched from Hugging Face"):
-        describe("owner/name")
+        describe(Location("owner/name"))
 
 
 PLAIN, HALF = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"
@@ -530,8 +550,9 @@ def test_describing_a_model_and_planning_a_run_import_no_torch(pipeline: Path, p
     code = """
 import sys
 from oms_core import catalog, run
+from oms_core.location import Location
 catalog.describe("ideal:digits")
-planned = run.plan(run.Run(model=sys.argv[1], images=sys.argv[2]))
+planned = run.plan(run.Run(model=Location(sys.argv[1]), images=Location(sys.argv[2])))
 assert run.lookup(planned) == {}
 """
     run_alone(code, str(pipeline), str(pictures))

@@ -22,6 +22,7 @@ from oms_core.denoiser import Denoiser
 from oms_core.device import Placement
 from oms_core.errors import InputError
 from oms_core.families import load
+from oms_core.location import Location
 from oms_core.schemes import DEPTH, SCHEMES
 from oms_core.search import Map, diffuse, fixed_point
 
@@ -133,11 +134,11 @@ KINDS = ("ddpm", "ddpm-digits", "uvit", "stable_diffusion", "dit", "pixart", "sd
 @pytest.fixture(scope="module", params=KINDS)
 def denoiser(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, pipeline: Path) -> Denoiser:
     if request.param in ("ddpm", "ddpm-digits"):
-        return load(describe(str(pipeline) if request.param == "ddpm" else request.param), CPU)
+        return load(describe(Location(pipeline) if request.param == "ddpm" else request.param), CPU)
     if request.param == "ideal":
         return load(describe("ideal:digits"), CPU)
     folder = tmp_path_factory.mktemp("models") / request.param
-    return load(describe(str(getattr(tiny, f"save_{request.param}")(folder))), CPU)
+    return load(describe(Location(getattr(tiny, f"save_{request.param}")(folder))), CPU)
 
 
 def map_of(denoiser: Denoiser, t: int) -> tuple[Map, Tensor]:

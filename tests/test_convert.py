@@ -27,6 +27,7 @@ from oms_core.device import Placement
 from oms_core.errors import InputError
 from oms_core.families import load
 from oms_core.families.uvit import UVit
+from oms_core.location import Location
 
 CPU = Placement("cpu", "float32")
 WIDTH, STEPS, SIDE = 32, 1000, 16
@@ -190,7 +191,7 @@ def apart(eps: Callable[[int], Tensor], network: Reference) -> float:
 
 
 def eps_of(folder: Path) -> Callable[[int], Tensor]:
-    denoiser = load(describe(str(folder)), CPU)
+    denoiser = load(describe(Location(folder)), CPU)
     return lambda t: denoiser.eps(X_T, t)
 
 
@@ -222,7 +223,7 @@ def test_a_converted_checkpoint_gives_the_noise_of_the_network_that_it_was(tmp_p
 
 
 def test_its_schedule_is_the_linear_one(converted: Path) -> None:
-    model = describe(str(converted))
+    model = describe(Location(converted))
     assert (model.family, model.timesteps, model.profile) == ("ddpm", 1000, Profile((SIDE, SIDE), 3))
     abar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
     denoiser = load(model, CPU)
@@ -232,7 +233,7 @@ def test_its_schedule_is_the_linear_one(converted: Path) -> None:
 
 def test_a_prefix_of_several_gpus_is_taken_away(tmp_path: Path, converted: Path) -> None:
     convert(saved(checkpoint("module."), tmp_path / "ckpt.pt"), tmp_path / "model")
-    assert describe(str(tmp_path / "model")).fingerprint == describe(str(converted)).fingerprint
+    assert describe(Location(tmp_path / "model")).fingerprint == describe(Location(converted)).fingerprint
 
 
 def test_the_averaged_weights_are_used_and_the_plain_ones_only_where_there_are_no_others(tmp_path: Path) -> None:
@@ -298,7 +299,7 @@ def test_a_bare_uvit_is_converted_strictly(tmp_path: Path) -> None:
     network = UVit(sample_size=8, width=128, depth=4, heads=2).eval()
     words = convert(saved(network.state_dict(), tmp_path / "uvit.pth"), tmp_path / "model")
     assert words == f"a U-ViT, {network.num_parameters():,} parameters, 8 pixels"
-    model = describe(str(tmp_path / "model"))
+    model = describe(Location(tmp_path / "model"))
     assert (model.family, model.profile) == ("uvit", Profile((8, 8), 3))
     loaded = load(model, CPU)
     assert loaded.network.config.heads == 2
@@ -601,9 +602,9 @@ def test_the_names_are_the_published_ones(tmp_path: Path) -> None:
 @torch.inference_mode()
 def outputs(folder: Path) -> list[Tensor]:
     """Text, latents, the pictures of latents, and the noise at several times."""
-    loaded = load(describe(str(folder)), CPU)
+    loaded = load(describe(Location(folder)), CPU)
     random = torch.Generator().manual_seed(0)
-    x_t = torch.randn(2, *describe(str(folder)).latent, generator=random)
+    x_t = torch.randn(2, *describe(Location(folder)).latent, generator=random)
     pixels = torch.randint(256, (2, *loaded.profile.size, 3), dtype=torch.uint8, generator=random).numpy()
     text = loaded.condition(tiny.WORDS)
     noise = [loaded.eps(x_t, t, text) for t in TIMES]
@@ -620,7 +621,7 @@ def test_stable_diffusion_in_one_file_gives_what_the_pipeline_gave(tmp_path: Pat
     pipeline = stable_diffusion(tmp_path / "original", kind)
     file = single(published(pipeline), tmp_path / "x.safetensors")
     words = convert(file, tmp_path / "made", bare(tmp_path / "original", tmp_path / "config"))
-    original, made = describe(str(tmp_path / "original")), describe(str(tmp_path / "made"))
+    original, made = describe(Location(tmp_path / "original")), describe(Location(tmp_path / "made"))
     size = " x ".join(map(str, {*made.profile.size}))
     assert words == f"a Stable Diffusion in one file, {pipeline.unet.num_parameters():,} parameters, {size} pixels"
     assert (made.profile, made.parameters, made.latent) == (original.profile, original.parameters, original.latent)
@@ -766,4 +767,4 @@ def test_a_damaged_safetensors_file_is_refused_in_one_sentence(tmp_path: Path, o
 def test_a_uvit_in_safetensors_is_converted_as_well(tmp_path: Path) -> None:
     network = UVit(sample_size=8, width=128, depth=2, heads=2)
     convert(single(network.state_dict(), tmp_path / "x.safetensors"), tmp_path / "model")
-    assert describe(str(tmp_path / "model")).family == "uvit"
+    assert describe(Location(tmp_path / "model")).family == "uvit"

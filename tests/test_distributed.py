@@ -39,6 +39,7 @@ from oms_core.distributed import (
     tried,
 )
 from oms_core.errors import InputError
+from oms_core.location import Location
 from oms_core.run import Run, plan
 
 KILLS = int(os.environ.get("OMS_KILLS", "1"))  # of a worker and then of the driver
@@ -212,7 +213,7 @@ def test_a_worker_finds_the_device_and_a_batch_where_none_is_named(
 
 def test_a_worker_that_sees_other_pictures_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = pictures_with(tmp_path / "set", 4, [])
-    errand = errand_of(plan(Run(images=str(folder), attacks=("NA",))), ONE)
+    errand = errand_of(plan(Run(images=Location(folder), attacks=("NA",))), ONE)
     (folder / named(2)).unlink()
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")  # as it becomes, and is no longer afterwards

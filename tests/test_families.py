@@ -45,6 +45,7 @@ from oms_core.device import DTYPES, Placement
 from oms_core.errors import InputError
 from oms_core.families import FAMILIES, load
 from oms_core.families.uvit import UVit
+from oms_core.location import Location
 from oms_core.run import Run, plan, scores
 from oms_core.search import fixed_point
 
@@ -64,21 +65,22 @@ FLOW = ("sd3",)
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory, pipeline: Path, pictures: Path) -> dict[str, str]:
+def models(tmp_path_factory: pytest.TempPathFactory, pipeline: Path, pictures: Path) -> dict[str, Location]:
     """A model of every kind, by kind; a new kind needs a line here. Not to be changed."""
     folder = tmp_path_factory.mktemp("models")
-    return {
-        "ddpm": str(pipeline),
-        "uvit": str(tiny.save_uvit(folder / "uvit")),
-        "stable_diffusion": str(tiny.save_stable_diffusion(folder / "stable_diffusion")),
-        "dit": str(tiny.save_dit(folder / "dit")),
-        "pixart": str(tiny.save_pixart(folder / "pixart")),
-        "sd3": str(tiny.save_sd3(folder / "sd3", third=True)),
+    places = {
+        "ddpm": pipeline,
+        "uvit": tiny.save_uvit(folder / "uvit"),
+        "stable_diffusion": tiny.save_stable_diffusion(folder / "stable_diffusion"),
+        "dit": tiny.save_dit(folder / "dit"),
+        "pixart": tiny.save_pixart(folder / "pixart"),
+        "sd3": tiny.save_sd3(folder / "sd3", third=True),
         "ideal": f"ideal:{pictures}",
     }
+    return {kind: Location(place) for kind, place in places.items()}
 
 
-def test_every_family_is_tried(models: dict[str, str]) -> None:
+def test_every_family_is_tried(models: dict[str, Location]) -> None:
     assert tuple(models) == KINDS
     assert {describe(model).family for model in models.values()} == set(FAMILIES)
 
@@ -92,7 +94,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
-def denoiser(kind: str, models: dict[str, str]) -> Denoiser:
+def denoiser(kind: str, models: dict[str, Location]) -> Denoiser:
     return load(describe(models[kind]), CPU)
 
 
@@ -100,7 +102,7 @@ def random_pixels(profile: Profile, count: int = 3) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, *profile.size, profile.channels), np.uint8)
 
 
-def test_a_denoiser_says_what_its_description_says(denoiser: Denoiser, kind: str, models: dict[str, str]) -> None:
+def test_a_denoiser_says_what_its_description_says(denoiser: Denoiser, kind: str, models: dict[str, Location]) -> None:
     model = describe(models[kind])
     assert denoiser.fingerprint == model.fingerprint
     assert (denoiser.profile, denoiser.timesteps) == (model.profile, model.timesteps)
@@ -169,14 +171,14 @@ def measured(model: str) -> tuple[str, ...]:
 
 
 def test_a_picture_alone_scores_as_in_company(
-    tmp_path: Path, kind: str, models: dict[str, str], pictures: Path
+    tmp_path: Path, kind: str, models: dict[str, Location], pictures: Path
 ) -> None:
     alone = tmp_path / "alone" / "member" / "0.png"
     alone.parent.mkdir(parents=True)
     shutil.copy(pictures / "member" / "3.png", alone)
     names = measured(models[kind])
-    run = Run(model=models[kind], images=str(pictures), attacks=names, captions="text:a cat", batch=8)
-    company, single = compute.score(run), compute.score(replace(run, images=str(tmp_path / "alone")))
+    run = Run(model=models[kind], images=Location(pictures), attacks=names, captions="text:a cat", batch=8)
+    company, single = compute.score(run), compute.score(replace(run, images=Location(tmp_path / "alone")))
     for name in names:
         assert len(single[name]) == 1
         again = company[name][company[name].image == single[name].image[0]].reset_index(drop=True)
@@ -198,11 +200,11 @@ def three_roles(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.mark.parametrize("name", [name for name, attack in ATTACKS.items() if isinstance(attack, Learned)])
 def test_every_learned_attack_judges_on_every_family(
-    kind: str, name: str, models: dict[str, str], three_roles: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, name: str, models: dict[str, Location], three_roles: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(quantile, "STEPS", 20)  # of a training whose quality is tested elsewhere
     run = Run(
-        model=models[kind], images=str(three_roles), attacks=(name,), captions="text:a cat", batch=8, steps=2
+        model=models[kind], images=Location(three_roles), attacks=(name,), captions="text:a cat", batch=8, steps=2
     )  # fmt: skip
     if kind == "ideal" and name.startswith("GSA"):
         with pytest.raises(InputError, match="have no weights"):
@@ -215,8 +217,12 @@ def test_every_learned_attack_judges_on_every_family(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_family_scores_in_every_precision(models: dict[str, str], pictures: Path, kind: str, dtype: str) -> None:
-    run = Run(model=models[kind], images=str(pictures), attacks=tuple(SEARCHES), captions="none", dtype=dtype, batch=6)
+def test_every_family_scores_in_every_precision(
+    models: dict[str, Location], pictures: Path, kind: str, dtype: str
+) -> None:
+    run = Run(
+        model=models[kind], images=Location(pictures), attacks=tuple(SEARCHES), captions="none", dtype=dtype, batch=6
+    )
     signals = compute.score(run)
     exact = compute.score(Run(**(vars(run) | {"dtype": "float32"})))
     for name in SEARCHES:
@@ -230,7 +236,7 @@ def test_the_network_is_that_of_diffusers(pipeline: Path) -> None:
     unet = UNet2DModel.from_pretrained(pipeline / "unet", low_cpu_mem_usage=False).eval()
     x_t = drawn(0, 2, 1, 8, 8)
     with torch.inference_mode():
-        torch.testing.assert_close(load(describe(str(pipeline)), CPU).eps(x_t, 300), unet(x_t, 300).sample)
+        torch.testing.assert_close(load(describe(Location(pipeline)), CPU).eps(x_t, 300), unet(x_t, 300).sample)
 
 
 @pytest.mark.parametrize("predicts", ["epsilon", "sample", "v_prediction"])
@@ -239,7 +245,7 @@ def test_a_prediction_means_the_noise_that_the_scheduler_takes_it_for(
     tmp_path: Path, save_pipeline: Save, predicts: str, t: int
 ) -> None:
     folder = save_pipeline(tmp_path / "model", prediction_type=predicts, clip_sample=False)
-    denoiser = load(describe(str(folder)), CPU)
+    denoiser = load(describe(Location(folder)), CPU)
     scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
     x_t = drawn(0, 2, 1, 8, 8)
     with torch.inference_mode():
@@ -252,7 +258,7 @@ def test_a_prediction_means_the_noise_that_the_scheduler_takes_it_for(
 @pytest.mark.parametrize("channels", [1, 3])
 def test_of_a_learned_variance_only_the_prediction_is_taken(tmp_path: Path, save_pipeline: Save, channels: int) -> None:
     folder = save_pipeline(tmp_path / "model", channels=channels, learned_variance=True)
-    denoiser = load(describe(str(folder)), CPU)
+    denoiser = load(describe(Location(folder)), CPU)
     x_t = drawn(0, 2, channels, 8, 8)
     with torch.inference_mode():
         output = denoiser.network(x_t, 300).sample
@@ -263,14 +269,16 @@ def test_of_a_learned_variance_only_the_prediction_is_taken(tmp_path: Path, save
 def test_weights_saved_in_half_precision_are_used_in_single(
     tmp_path: Path, save_pipeline: Save, pipeline: Path
 ) -> None:
-    half = load(describe(str(save_pipeline(tmp_path / "half", dtype=torch.half))), CPU)
+    half = load(describe(Location(save_pipeline(tmp_path / "half", dtype=torch.half))), CPU)
     saved = load_file(tmp_path / "half" / WEIGHTS)
     assert {weight.dtype for weight in saved.values()} == {torch.half}
     for name, weight in half.network.named_parameters():
         assert weight.dtype == torch.float32
         assert torch.equal(weight, saved[name].float())
     x_t = drawn(0, 2, 1, 8, 8)
-    torch.testing.assert_close(half.eps(x_t, 300), load(describe(str(pipeline)), CPU).eps(x_t, 300), rtol=0, atol=0.01)
+    torch.testing.assert_close(
+        half.eps(x_t, 300), load(describe(Location(pipeline)), CPU).eps(x_t, 300), rtol=0, atol=0.01
+    )
 
 
 def test_weights_in_parts_are_loaded_whole(tmp_path: Path, pipeline: Path) -> None:
@@ -278,16 +286,16 @@ def test_weights_in_parts_are_loaded_whole(tmp_path: Path, pipeline: Path) -> No
     unet = UNet2DModel.from_pretrained(pipeline / "unet", low_cpu_mem_usage=False)
     shutil.rmtree(folder / "unet")
     unet.save_pretrained(folder / "unet", max_shard_size="50KB")
-    loaded = load(describe(str(folder)), CPU)
+    loaded = load(describe(Location(folder)), CPU)
     for name, weight in unet.named_parameters():
         assert torch.equal(loaded.network.get_parameter(name), weight)
     sorted((folder / "unet").glob("*.safetensors"))[0].unlink()
     with pytest.raises(InputError, match="do not fit its config"):
-        load(describe(str(folder)), CPU)
+        load(describe(Location(folder)), CPU)
 
 
 def test_a_model_is_ready_to_be_asked_and_not_to_be_trained(pipeline: Path) -> None:
-    unet = load(describe(str(pipeline)), CPU).network
+    unet = load(describe(Location(pipeline)), CPU).network
     assert not unet.training
     assert not any(weight.requires_grad for weight in unet.parameters())
 
@@ -302,7 +310,7 @@ def scaled_linear(start: float, end: float) -> Tensor:
     return torch.cumprod(1 - torch.linspace(start**0.5, end**0.5, 1000, dtype=torch.float64) ** 2, 0)
 
 
-def test_a_latent_is_the_scaled_mode_of_its_posterior(models: dict[str, str]) -> None:
+def test_a_latent_is_the_scaled_mode_of_its_posterior(models: dict[str, Location]) -> None:
     for kind in ("stable_diffusion", "dit", "pixart", "sd3"):
         denoiser = load(describe(models[kind]), CPU)
         vae = AutoencoderKL.from_pretrained(f"{models[kind]}/vae", low_cpu_mem_usage=False).eval()
@@ -323,7 +331,7 @@ def test_a_caption_means_to_stable_diffusion_what_its_pipeline_makes_of_it(tmp_p
     folder = tiny.save_stable_diffusion(tmp_path / "model", text={"use_attention_mask": masked})
     pipeline = StableDiffusionPipeline.from_pretrained(folder, low_cpu_mem_usage=False)
     expected, _ = pipeline.encode_prompt(CAPTIONS, "cpu", 1, False)
-    condition = load(describe(str(folder)), CPU).condition(CAPTIONS)
+    condition = load(describe(Location(folder)), CPU).condition(CAPTIONS)
     torch.testing.assert_close(condition, expected)
     config = pipeline.text_encoder.config
     config.use_attention_mask = not masked
@@ -337,7 +345,7 @@ def test_a_prediction_of_stable_diffusion_means_the_noise_that_the_scheduler_tak
     tmp_path: Path, predicts: str, t: int
 ) -> None:
     folder = tiny.save_stable_diffusion(tmp_path / "model", prediction_type=predicts)
-    denoiser = load(describe(str(folder)), CPU)
+    denoiser = load(describe(Location(folder)), CPU)
     scheduler = DDPMScheduler.from_pretrained(folder / "scheduler", clip_sample=False)
     assert scheduler.config.prediction_type == predicts
     unet = UNet2DConditionModel.from_pretrained(folder / "unet", low_cpu_mem_usage=False).eval()
@@ -352,7 +360,7 @@ def test_a_prediction_of_stable_diffusion_means_the_noise_that_the_scheduler_tak
 @pytest.mark.parametrize("offset", [0, 1])
 def test_a_scheduler_that_steps_differently_has_the_same_noise_levels(tmp_path: Path, offset: int) -> None:
     folder = tiny.save_stable_diffusion(tmp_path / "model", steps_offset=offset, skip_prk_steps=not offset)
-    denoiser = load(describe(str(folder)), CPU)
+    denoiser = load(describe(Location(folder)), CPU)
     expected = scaled_linear(0.00085, 0.012)
     for t in (0, 1, 500, 999):
         assert denoiser.coefficients(t)[0] == pytest.approx(expected[t].sqrt().item(), rel=1e-6)
@@ -361,7 +369,7 @@ def test_a_scheduler_that_steps_differently_has_the_same_noise_levels(tmp_path: 
 def test_betas_that_were_listed_one_by_one_are_used(tmp_path: Path) -> None:
     betas = torch.linspace(0.001, 0.03, 1000)
     folder = tiny.save_stable_diffusion(tmp_path / "model", trained_betas=betas.tolist())
-    denoiser = load(describe(str(folder)), CPU)
+    denoiser = load(describe(Location(folder)), CPU)
     expected = torch.cumprod(1 - betas.double(), 0)
     for t in (0, 1, 500, 999):
         assert denoiser.coefficients(t)[0] == pytest.approx(expected[t].sqrt().item(), rel=1e-9)
@@ -369,7 +377,7 @@ def test_betas_that_were_listed_one_by_one_are_used(tmp_path: Path) -> None:
 
 def test_a_half_precision_variant_is_found_and_used(tmp_path: Path) -> None:
     folder = tiny.save_stable_diffusion(tmp_path / "model", variant="fp16")
-    denoiser = load(describe(str(folder)), CPU)
+    denoiser = load(describe(Location(folder)), CPU)
     for part, file in ((denoiser.network, "unet/diffusion_pytorch_model"), (denoiser.text, "text_encoder/model")):
         assert not (folder / f"{file}.safetensors").exists()
         saved = load_file(folder / f"{file}.fp16.safetensors")
@@ -379,7 +387,7 @@ def test_a_half_precision_variant_is_found_and_used(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["vae", "text_encoder", "tokenizer", "unet"])
 def test_a_part_with_damaged_files_is_refused_in_one_sentence(
-    tmp_path: Path, models: dict[str, str], name: str
+    tmp_path: Path, models: dict[str, Location], name: str
 ) -> None:
     folder = shutil.copytree(models["stable_diffusion"], tmp_path / "model")
     for path in (folder / name).iterdir():
@@ -391,7 +399,7 @@ def test_a_part_with_damaged_files_is_refused_in_one_sentence(
         else:
             path.write_bytes(b"{")
     with pytest.raises(InputError) as refusal:
-        load(describe(str(folder)), CPU)
+        load(describe(Location(folder)), CPU)
     assert ("tokenizer" if name == "tokenizer" else "do not fit its config.json: missing") in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
@@ -407,14 +415,14 @@ def test_a_dit_is_that_of_diffusers_without_its_variance(tmp_path: Path, legacy:
     if legacy:  # as the published folders name it
         setting("transformer/config.json", _class_name="Transformer2DModel")(folder)
         setting("model_index.json", transformer=["diffusers", "Transformer2DModel"])(folder)
-    denoiser = load(describe(str(folder)), CPU)
+    denoiser = load(describe(Location(folder)), CPU)
     x_t, condition = drawn(0, 3, 4, 4, 4), denoiser.condition(["3", "cat", ""])
     output = network(x_t, torch.full((3,), 300), torch.tensor([3, 7, 10])).sample
     assert output.shape[1] == 8
     torch.testing.assert_close(denoiser.eps(x_t, 300, condition), output[:, :4])
 
 
-def test_a_class_is_named_by_number_or_word_and_anything_else_is_the_null_class(models: dict[str, str]) -> None:
+def test_a_class_is_named_by_number_or_word_and_anything_else_is_the_null_class(models: dict[str, Location]) -> None:
     denoiser = load(describe(models["dit"]), CPU)
     captions = ["3", "tench", "Tinca tinca", "cat", "7", "dog", "", "10", "99", "-1", "3.0"]
     assert denoiser.condition(captions).tolist() == [3, 3, 3, 7, 7, 10, 10, 10, 10, 10, 10]
@@ -422,14 +430,14 @@ def test_a_class_is_named_by_number_or_word_and_anything_else_is_the_null_class(
     assert pipeline.get_label_ids(captions[1:4]) == [3, 3, 7]
 
 
-def test_the_names_of_the_classes_are_part_of_the_model(tmp_path: Path, models: dict[str, str]) -> None:
+def test_the_names_of_the_classes_are_part_of_the_model(tmp_path: Path, models: dict[str, Location]) -> None:
     folder = shutil.copytree(models["dit"], tmp_path / "model")
     setting("model_index.json", id2label={"3": "cat", "7": "tench, Tinca tinca"})(folder)
-    assert describe(str(folder)).fingerprint != describe(models["dit"]).fingerprint
+    assert describe(Location(folder)).fingerprint != describe(models["dit"]).fingerprint
     for wrong in (["cat"], {"three": "cat"}, {"3": 5}):
         setting("model_index.json", id2label=wrong)(folder)
         with pytest.raises(InputError, match="id2label"):
-            describe(str(folder))
+            describe(Location(folder))
 
 
 LARGE = {"use_additional_conditions": True, "attention_head_dim": 12, "cross_attention_dim": 24}
@@ -446,7 +454,7 @@ def test_a_pixart_is_that_of_diffusers_without_its_variance(tmp_path: Path, conf
     if legacy:
         setting("transformer/config.json", _class_name="Transformer2DModel")(folder)
         setting("model_index.json", transformer=["diffusers", "Transformer2DModel"])(folder)
-    denoiser = load(describe(str(folder)), CPU)
+    denoiser = load(describe(Location(folder)), CPU)
     embeds, mask, *_ = pipeline.encode_prompt(CAPTIONS, do_classifier_free_guidance=False, device="cpu")
     condition = denoiser.condition(CAPTIONS)
     torch.testing.assert_close(condition, (embeds, mask))
@@ -459,7 +467,7 @@ def test_a_pixart_is_that_of_diffusers_without_its_variance(tmp_path: Path, conf
 
 
 def test_a_pixart_for_1024_pixels_wants_to_know_the_size_even_if_its_config_does_not_say(
-    models: dict[str, str],
+    models: dict[str, Location],
 ) -> None:
     denoiser = load(describe(models["pixart"]), CPU)
     sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 8, "num_layers": 1}
@@ -480,14 +488,14 @@ def test_a_caption_means_to_sd3_what_its_pipeline_makes_of_it(tmp_path: Path, th
     embeds, _, pooled, _ = pipeline.encode_prompt(
         prompt=CAPTIONS, prompt_2=None, prompt_3=None, do_classifier_free_guidance=False, device="cpu"
     )
-    denoiser = load(describe(str(folder)), CPU)
+    denoiser = load(describe(Location(folder)), CPU)
     torch.testing.assert_close(denoiser.condition(CAPTIONS), (embeds, pooled))
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_noise_levels_of_a_flow_are_those_of_its_scheduler(tmp_path: Path, shift: float) -> None:
     folder = tiny.save_sd3(tmp_path / "model", shift=shift)
-    denoiser = load(describe(str(folder)), CPU)
+    denoiser = load(describe(Location(folder)), CPU)
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
     u = np.arange(1, 1001) / 1000
     s = shift * u / (1 + (shift - 1) * u)  # Esser et al. (2024), Eq. 23
@@ -497,9 +505,9 @@ def test_noise_levels_of_a_flow_are_those_of_its_scheduler(tmp_path: Path, shift
 
 
 @pytest.mark.parametrize("t", [0, 300, 998])
-def test_the_exact_velocity_gives_the_true_noise(tmp_path: Path, models: dict[str, str], t: int) -> None:
+def test_the_exact_velocity_gives_the_true_noise(tmp_path: Path, models: dict[str, Location], t: int) -> None:
     folder = tiny.save_sd3(tmp_path / "model", shift=3.0)
-    denoiser = load(describe(str(folder)), CPU)
+    denoiser = load(describe(Location(folder)), CPU)
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
     x_0, noise, asked = drawn(0, 2, 4, 4, 4), drawn(1, 2, 4, 4, 4), []
 
@@ -515,7 +523,7 @@ def test_the_exact_velocity_gives_the_true_noise(tmp_path: Path, models: dict[st
 
 
 @torch.inference_mode()
-def test_sd3_is_that_of_diffusers(models: dict[str, str]) -> None:
+def test_sd3_is_that_of_diffusers(models: dict[str, Location]) -> None:
     denoiser = load(describe(models["sd3"]), CPU)
     pipeline = StableDiffusion3Pipeline.from_pretrained(models["sd3"], low_cpu_mem_usage=False)
     x_t, (embeds, pooled) = drawn(0, 3, 4, 4, 4), denoiser.condition(CAPTIONS)
@@ -554,7 +562,7 @@ def test_the_public_uvit_checkpoint_would_load_strictly(tmp_path: Path) -> None:
     state = {name: torch.full(shape, number / 1000) for number, (name, shape) in enumerate(shapes.items())}
     torch.save(state, tmp_path / "cifar10.pth")
     assert convert(tmp_path / "cifar10.pth", tmp_path / "model") == "a U-ViT, 44,255,328 parameters, 32 pixels"
-    model = describe(str(tmp_path / "model"))
+    model = describe(Location(tmp_path / "model"))
     assert (model.parameters, model.profile, model.family) == (44_255_328, Profile((32, 32), 3), "uvit")
     saved = load_file(tmp_path / "model" / "diffusion_pytorch_model.safetensors")
     assert saved.keys() == state.keys()
@@ -616,7 +624,7 @@ def uvit_reference(state: dict[str, Tensor], x: Tensor, time: float, heads: int,
 @torch.inference_mode()
 def test_a_uvit_computes_what_its_paper_says(tmp_path: Path, config: dict[str, int]) -> None:
     folder = tiny.save_uvit(tmp_path / "model", **config)
-    denoiser = load(describe(str(folder)), CPU)
+    denoiser = load(describe(Location(folder)), CPU)
     state = denoiser.network.state_dict()
     x_t = drawn(0, 2, config.get("in_channels", 1), 8, 8)
     for t in (0, 1, 500, 999):
@@ -624,7 +632,7 @@ def test_a_uvit_computes_what_its_paper_says(tmp_path: Path, config: dict[str, i
         torch.testing.assert_close(denoiser.eps(x_t, t), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_uvit_lives_in_continuous_time(models: dict[str, str]) -> None:
+def test_a_uvit_lives_in_continuous_time(models: dict[str, Location]) -> None:
     denoiser, asked = load(describe(models["uvit"]), CPU), []
     assert denoiser.timesteps == 1000
     for t in range(1000):
@@ -645,19 +653,19 @@ def test_a_colour_model_takes_grey_pictures_and_a_grey_model_colour(
 ) -> None:
     colour = save_pipeline(tmp_path / "colour", channels=3)
     for model, images in ((colour, pictures), (pipeline, colour_pictures)):
-        run = Run(model=str(model), images=str(images), batch=6)
+        run = Run(model=Location(model), images=Location(images), batch=6)
         table = scores(plan(run), compute.score(run))
         assert len(table) == 12 * 5 * 3
         assert np.isfinite(table.score).all()
 
 
 def test_a_grey_latent_model_takes_colour_pictures_and_the_reverse(
-    tmp_path: Path, models: dict[str, str], pictures: Path, colour_pictures: Path
+    tmp_path: Path, models: dict[str, Location], pictures: Path, colour_pictures: Path
 ) -> None:
-    grey = str(tiny.save_stable_diffusion(tmp_path / "grey", channels=1))
+    grey = Location(tiny.save_stable_diffusion(tmp_path / "grey", channels=1))
     assert describe(grey).profile == Profile((8, 8), 1)
     for model, images in ((grey, colour_pictures), (models["stable_diffusion"], pictures)):
-        run = Run(model=model, images=str(images), attacks=("PIA",), captions="none", batch=6)
+        run = Run(model=model, images=Location(images), attacks=("PIA",), captions="none", batch=6)
         table = scores(plan(run), compute.score(run))
         assert len(table) == 12 * 3
         assert np.isfinite(table.score).all()
@@ -672,9 +680,9 @@ def test_a_grey_picture_is_to_a_colour_model_what_its_repetition_in_colour_is(
         copy = tmp_path / "repeated" / path.relative_to(pictures)
         copy.parent.mkdir(parents=True, exist_ok=True)
         Image.open(path).convert("RGB").save(copy)
-    model = str(save_pipeline(tmp_path / "colour", channels=3))
+    model = Location(save_pipeline(tmp_path / "colour", channels=3))
     grey, repeated = (
-        compute.score(Run(model=model, images=str(images), attacks=("PIA",), batch=6))["PIA"].drop(columns="image")
+        compute.score(Run(model=model, images=Location(images), attacks=("PIA",), batch=6))["PIA"].drop(columns="image")
         for images in (pictures, tmp_path / "repeated")
     )
     pd.testing.assert_frame_equal(grey, repeated, check_exact=True)
@@ -733,7 +741,7 @@ def test_a_model_that_is_not_what_it_says_is_refused_in_one_sentence(tmp_path: P
     change, expected = REFUSED[name]
     change(folder)
     with pytest.raises(InputError) as refusal:
-        load(describe(str(folder)), CPU)
+        load(describe(Location(folder)), CPU)
     assert expected in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
@@ -746,10 +754,10 @@ def test_no_pickle_is_ever_opened(tmp_path: Path, pipeline: Path, monkeypatch: p
     folder = shutil.copytree(pipeline, tmp_path / "model")
     (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"\x80\x04cos\nsystem\n(S'touch sentinel'\ntR.")
     monkeypatch.chdir(tmp_path)
-    load(describe(str(folder)), CPU)  # the safetensors beside it are used
+    load(describe(Location(folder)), CPU)  # the safetensors beside it are used
     (folder / WEIGHTS).unlink()
     with pytest.raises(InputError, match="pickles are never loaded"):
-        load(describe(str(folder)), CPU)
+        load(describe(Location(folder)), CPU)
     assert not (tmp_path / "sentinel").exists()
 
 
@@ -761,8 +769,8 @@ def test_at_most_two_models_stay_in_memory(tmp_path: Path, save_pipeline: Save, 
     kept = []
     for number in range(3):
         folder = save_pipeline(tmp_path / str(number), beta_end=0.02 + number / 1000)
-        compute.score(Run(model=str(folder), images=str(pictures), attacks=("PIA",), batch=6))
-        kept.append(weakref.ref(compute.loaded(describe(str(folder)), CPU).network))
+        compute.score(Run(model=Location(folder), images=Location(pictures), attacks=("PIA",), batch=6))
+        kept.append(weakref.ref(compute.loaded(describe(Location(folder)), CPU).network))
     gc.collect()
     assert [model() is not None for model in kept] == [False, True, True]
     compute.loaded.cache_clear()
@@ -788,7 +796,7 @@ def test_a_family_is_added_by_one_short_file(tmp_path: Path, pictures: Path, mon
     monkeypatch.setattr(oms_core.families, "__path__", [*oms_core.families.__path__, str(tmp_path)])
     model = Model("toy", "toy", "0" * 64, Profile((8, 8), 1), 1000, schedule=catalog.DEFAULT_SCHEDULE)
     monkeypatch.setattr(catalog, "describe", lambda name: model)
-    run = Run(model="toy", images=str(pictures), attacks=tuple(SEARCHES), batch=6)
+    run = Run(model="toy", images=Location(pictures), attacks=tuple(SEARCHES), batch=6)
     table = scores(plan(run), compute.score(run))
     assert len(table) == 12 * len(SEARCHES) * 3
     assert np.isfinite(table.score).all()

@@ -104,14 +104,13 @@ def strangers(owned: Owned, folder: Path) -> list[str]:
         *filter(None, sys.path),
     ]
     known = tuple({str(form) for home in homes for form in (Path(home), Path(home).resolve())})
-    system = (
-        "/proc/", "/dev/", "/etc/machine-id", "/etc/mime.types", "/etc/localtime", "/usr/share/zoneinfo", str(Path.home() / ".streamlit"),
-    )  # fmt: skip
+    python = ("/proc/", "/dev/", "/etc/localtime", "/etc/mime.types", "/usr/share/zoneinfo")
+    streamlit = ("/etc/machine-id", str(Path.home() / ".streamlit"))
     found = []
     for line in owned.events.read_text().splitlines():
         event, _, text = line.partition("\t")
         place = ast.literal_eval(text)
-        if event.startswith(STARTS) or not (place.isdecimal() or place.startswith((*known, *system))):
+        if event.startswith(STARTS) or not (place.isdecimal() or place.startswith((*known, *python, *streamlit))):
             found.append(line)
     return found
 

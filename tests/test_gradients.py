@@ -23,6 +23,7 @@ from oms_core.device import Placement
 from oms_core.errors import InputError
 from oms_core.families import load
 from oms_core.gradients import gradient_norms, product
+from oms_core.location import Location
 from oms_core.metrics import auc
 
 
@@ -227,7 +228,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 def loaded(folder: Path, dtype: str = "float32") -> Denoiser:
-    return load(describe(str(folder)), Placement("cpu", dtype))
+    return load(describe(Location(folder)), Placement("cpu", dtype))
 
 
 @pytest.fixture(scope="module")
@@ -306,7 +307,7 @@ def test_ten_timesteps_make_the_features_and_ten_calls_each_step(models: dict[st
 
 
 def test_a_model_without_weights_is_refused_in_one_sentence(pictures: Path) -> None:
-    ideal = load(describe(f"ideal:{pictures}"), Placement("cpu", "float32"))
+    ideal = load(describe(Location(f"ideal:{pictures}")), Placement("cpu", "float32"))
     with pytest.raises(InputError, match=r"^A gradient-based attack needs .* have no weights\.$"):
         GSA.base.measure(probe(ideal), 0, 2)
 

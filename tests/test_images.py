@@ -8,21 +8,25 @@ import os
 import random
 import signal
 import socket
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 from sklearn.datasets import load_digits
+from watch import watched
 
 from oms_core import images, layouts
 from oms_core.assemble import png
 from oms_core.decode import Profile
 from oms_core.errors import InputError
 from oms_core.images import ImageSet, open_images
+from oms_core.location import Location
 from oms_core.run import Run, plan
 from oms_core.survey import look_through
 
@@ -62,7 +66,7 @@ def reasons(found: ImageSet) -> dict[str, str]:
 
 def refusal(name: str | Path) -> str:
     with pytest.raises(InputError) as refused:
-        open_images(str(name))
+        open_images(Location(name))
     assert "\n" not in str(refused.value)
     return str(refused.value)
 
@@ -143,7 +147,7 @@ def test_a_damaged_built_in_set_is_refused(tmp_path: Path, monkeypatch: pytest.M
 
 def test_folders_give_the_roles_and_sub_folders_the_labels(tmp_path: Path) -> None:
     files = {"member/cat/a.png": A, "member/b.png": B, "nonmember/dog/small/c.png": C, "auxiliary/d.png": D}
-    found = open_images(str(folder_of(tmp_path, files)))
+    found = open_images(Location(folder_of(tmp_path, files)))
     assert roles(found) == {
         "member/b.png": "member",
         "member/cat/a.png": "member",
@@ -162,7 +166,7 @@ def test_metadata_gives_roles_labels_and_captions(tmp_path: Path) -> None:
         "c.png,auxiliary,,x",
     ]
     files = {"a.png": A, "sub/b.png": B, "c.png": C, "metadata.csv": "\n".join(lines).encode()}
-    found = open_images(str(folder_of(tmp_path, files)))
+    found = open_images(Location(folder_of(tmp_path, files)))
     assert roles(found) == {"a.png": "member", "sub/b.png": "nonmember", "c.png": "auxiliary"}
     assert found.table.label.tolist() == ["7", "NA", ""]
     assert found.table.caption.tolist() == ["a cat, seen from above", "", "x"]
@@ -170,7 +174,7 @@ def test_metadata_gives_roles_labels_and_captions(tmp_path: Path) -> None:
 
 def test_metadata_saved_by_a_spreadsheet_is_read(tmp_path: Path) -> None:
     table = b"\xef\xbb\xbffile_name,member\r\na.png,1\r\nb.png,0\r\n"  # with a byte order mark
-    found = open_images(str(folder_of(tmp_path, {"a.png": A, "b.png": B, "metadata.csv": table})))
+    found = open_images(Location(folder_of(tmp_path, {"a.png": A, "b.png": B, "metadata.csv": table})))
     assert roles(found) == {"a.png": "member", "b.png": "nonmember"}
 
 
@@ -198,7 +202,7 @@ def test_unusable_metadata_is_refused_in_one_sentence(tmp_path: Path, name: str)
 
 def test_a_row_that_names_no_file_is_listed_and_the_others_are_used(tmp_path: Path) -> None:
     table = b'file_name,member\n,1\nsub,1\n"x\0y",1\na.png,1\n'
-    found = open_images(str(folder_of(tmp_path, {"a.png": A, "sub/b.png": B, "metadata.csv": table})))
+    found = open_images(Location(folder_of(tmp_path, {"a.png": A, "sub/b.png": B, "metadata.csv": table})))
     assert roles(found) == {"a.png": "member"}
     assert reasons(found) == {
         "": "not a regular file",
@@ -208,10 +212,10 @@ def test_a_row_that_names_no_file_is_listed_and_the_others_are_used(tmp_path: Pa
 
 
 def test_a_folder_of_no_layout_says_nothing_of_members_and_cannot_be_compared(tmp_path: Path) -> None:
-    found = open_images(str(folder_of(tmp_path, {"a.png": A, "b.png": B})))
+    found = open_images(Location(folder_of(tmp_path, {"a.png": A, "b.png": B})))
     assert [*found.table.role] == ["", ""]
     with pytest.raises(InputError, match="says of no picture whether it is a member") as refused:
-        plan(Run(images=str(tmp_path)))
+        plan(Run(images=Location(tmp_path)))
     assert "\n" not in str(refused.value)
 
 
@@ -225,6 +229,26 @@ def test_a_folder_without_usable_pictures_is_refused_with_the_first_reason(tmp_p
 @pytest.mark.parametrize("name", ["", "nowhere", "no/where", "x" * 5000, "a\0b", "\udcff", "~/pictures", "http://a/b"])
 def test_a_name_that_is_nothing_is_refused_with_the_names_that_are(name: str) -> None:
     assert "the built-in sets are digits, fashion" in refusal(name)
+
+
+ELSEWHERE = [
+    "{}", "{}/a.zip", "member={},nonmember={}", "member=digits,nonmember={}", "{}/s.npz@{}", "{}/s.npz@digits",
+    "hub:x/y", "member=hub:x/y", "{}/s.npz@hub:x/y",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_a_plain_string_opens_no_set_that_is_not_built_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda *_, **__: pytest.fail("fetched")))
+    folder = folder_of(tmp_path / "set", {"member/a.png": A, "nonmember/b.png": B})
+    with watched() as seen, pytest.raises(InputError, match=r"There is no built-in image set .*Location\(name\)"):
+        open_images(name.format(folder, folder))
+    assert not [one for one in seen if str(folder) in one.path]
+    with watched() as seen:
+        open_images(Location(folder))
+    assert [one for one in seen if str(folder) in one.path]  # or nothing would be seen above either
 
 
 def test_a_file_is_refused_as_a_set(tmp_path: Path) -> None:
@@ -248,7 +272,7 @@ def test_what_is_no_regular_file_is_listed_and_never_waited_for(
     with socket.socket(socket.AF_UNIX) as connection:
         monkeypatch.chdir(member)  # the name of a socket must be short
         connection.bind("socket.png")
-    found = open_images(str(tmp_path))
+    found = open_images(Location(tmp_path))
     assert roles(found) == {"member/a.png": "member", "nonmember/b.png": "nonmember"}
     assert reasons(found) == {
         "member/device.png": "not a regular file",
@@ -264,7 +288,7 @@ def test_what_is_no_regular_file_is_listed_and_never_waited_for(
 def test_a_link_to_a_picture_is_that_picture(tmp_path: Path) -> None:
     folder_of(tmp_path, {"elsewhere/a.png": A, "nonmember/b.png": B, "member/c.png": C})
     (tmp_path / "member" / "a.png").symlink_to(tmp_path / "elsewhere" / "a.png")
-    found = open_images(str(tmp_path))
+    found = open_images(Location(tmp_path))
     assert roles(found)["member/a.png"] == "member"
     assert len(found) == 3
 
@@ -286,7 +310,7 @@ def test_a_folder_that_cannot_be_listed_is_refused_and_not_skipped(
 
 def test_files_that_are_no_pictures_are_listed_with_the_reason(tmp_path: Path) -> None:
     files = {"member/a.png": A, "member/half.png": A[: len(A) // 2], "nonmember/page.png": b"<html>", "member/0": b""}
-    found = open_images(str(folder_of(tmp_path, files)))
+    found = open_images(Location(folder_of(tmp_path, files)))
     assert roles(found) == {"member/a.png": "member"}
     assert reasons(found).keys() == {"member/half.png", "nonmember/page.png", "member/0"}
     assert reasons(found)["member/0"] == "the file is empty"
@@ -295,7 +319,7 @@ def test_files_that_are_no_pictures_are_listed_with_the_reason(tmp_path: Path) -
 
 def test_a_picture_in_both_roles_is_left_out_everywhere(tmp_path: Path) -> None:
     files = {"member/a.png": A, "member/b.png": B, "nonmember/again.png": A, "nonmember/c.png": C}
-    found = open_images(str(folder_of(tmp_path, files)))
+    found = open_images(Location(folder_of(tmp_path, files)))
     assert roles(found) == {"member/b.png": "member", "nonmember/c.png": "nonmember"}
     both = "the same picture is also listed with another role"
     assert reasons(found) == {"member/a.png": both, "nonmember/again.png": both}
@@ -303,19 +327,19 @@ def test_a_picture_in_both_roles_is_left_out_everywhere(tmp_path: Path) -> None:
 
 def test_a_picture_twice_in_a_role_is_used_once(tmp_path: Path) -> None:
     files = {"member/a.png": A, "member/copy.png": A, "nonmember/c.png": C}
-    found = open_images(str(folder_of(tmp_path, files)))
+    found = open_images(Location(folder_of(tmp_path, files)))
     assert roles(found) == {"member/a.png": "member", "nonmember/c.png": "nonmember"}
     assert reasons(found) == {"member/copy.png": "the same picture is listed twice"}
 
 
 def test_equal_names_with_other_bytes_are_two_pictures(tmp_path: Path) -> None:
-    found = open_images(str(folder_of(tmp_path, {"member/x/a.png": A, "member/y/a.png": B, "nonmember/c.png": C})))
+    found = open_images(Location(folder_of(tmp_path, {"member/x/a.png": A, "member/y/a.png": B, "nonmember/c.png": C})))
     assert len(found) == 3
 
 
 def test_names_that_are_no_text_can_be_used_and_shown(tmp_path: Path) -> None:
     odd = os.fsdecode(b"nonmember/\xff/b\xfe.png")
-    found = open_images(str(folder_of(tmp_path, {"member/a.png": A, odd: B})))
+    found = open_images(Location(folder_of(tmp_path, {"member/a.png": A, odd: B})))
     assert found.table.file.tolist() == [
         "member/a.png",
         "nonmember/\N{REPLACEMENT CHARACTER}/b\N{REPLACEMENT CHARACTER}.png",
@@ -325,7 +349,7 @@ def test_names_that_are_no_text_can_be_used_and_shown(tmp_path: Path) -> None:
 
 
 def test_a_picture_that_changes_while_it_is_in_use_is_refused(tmp_path: Path) -> None:
-    found = open_images(str(folder_of(tmp_path, {"member/a.png": A, "nonmember/b.png": B})))
+    found = open_images(Location(folder_of(tmp_path, {"member/a.png": A, "nonmember/b.png": B})))
     (tmp_path / "member/a.png").write_bytes(C)
     with pytest.raises(InputError, match=r"a\.png was changed"):
         found.pixels(GREY)
@@ -368,7 +392,7 @@ FILES = {"member/a.png": A, "nonmember/b.png": B, "metadata.csv": TABLE}
 def test_an_unchanged_folder_is_not_read_again(
     tmp_path: Path, opened: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = str(folder_of(tmp_path / "set", FILES))
+    folder = Location(folder_of(tmp_path / "set", FILES))
     first = open_images(folder)
     assert sorted(opened) == sorted([A, B])
 
@@ -387,14 +411,14 @@ def test_an_unchanged_folder_is_not_read_again(
 
 def test_another_process_need_not_look_through_an_unchanged_folder(tmp_path: Path, opened: list[bytes]) -> None:
     folder = folder_of(tmp_path / "set", {"member/a.png": A, "nonmember/b.png": B, "member/c.png": b"no picture"})
-    first = open_images(str(folder))
+    first = open_images(Location(folder))
     images.remembered.cache_clear()  # as in a process that has just begun
-    again = open_images(str(folder))
+    again = open_images(Location(folder))
     assert sorted(opened) == sorted([A, B, b"no picture"])
     pd.testing.assert_frame_equal(again.table, first.table)
     pd.testing.assert_frame_equal(again.rejected, first.rejected)
     rewritten(folder / "member/a.png", C)
-    assert images.sha256(C) in set(open_images(str(folder)).table.image)
+    assert images.sha256(C) in set(open_images(Location(folder)).table.image)
 
 
 def test_a_picture_that_could_not_be_read_for_a_while_is_not_left_out_for_good(
@@ -410,15 +434,15 @@ def test_a_picture_that_could_not_be_read_for_a_while_is_not_left_out_for_good(
 
     with monkeypatch.context() as broken:
         broken.setattr(os, "open", fail)
-        assert len(open_images(str(folder))) == 1
+        assert len(open_images(Location(folder))) == 1
     images.remembered.cache_clear()
-    assert {*open_images(str(folder)).table.image} == {images.sha256(A), images.sha256(B)}
+    assert {*open_images(Location(folder)).table.image} == {images.sha256(A), images.sha256(B)}
     assert sorted(opened) == sorted([A, B, b"no picture"])  # what was seen is not looked at again
 
 
 def test_a_change_behind_the_same_stamp_is_noticed_and_forgotten(tmp_path: Path, opened: list[bytes]) -> None:
     folder = folder_of(tmp_path / "set", FILES)
-    found, state = open_images(str(folder)), layouts.stamps(str(folder))
+    found, state = open_images(Location(folder)), layouts.stamps(str(folder))
     (folder / "member/a.png").write_bytes(C)
     for count in (1, 2):
         images.remembered.cache_clear()
@@ -445,21 +469,21 @@ def test_a_change_is_seen_when_a_set_is_opened_again(tmp_path: Path, opened: lis
     folder_of(tmp_path / "elsewhere", {"d.png": D})
     folder = folder_of(tmp_path / "set", FILES | {"new.png": C, "metadata.csv": TABLE + b"d.png,0,\n"})
     (folder / "d.png").symlink_to(tmp_path / "elsewhere/d.png")
-    before = open_images(str(folder))
+    before = open_images(Location(folder))
     CHANGES[change](folder)
-    after = open_images(str(folder))
+    after = open_images(Location(folder))
     images.remembered.cache_clear()
-    pd.testing.assert_frame_equal(after.table, open_images(str(folder)).table)
+    pd.testing.assert_frame_equal(after.table, open_images(Location(folder)).table)
     assert not after.table.equals(before.table)
 
 
 def test_a_file_added_to_or_removed_from_a_folder_is_seen(tmp_path: Path, opened: list[bytes]) -> None:
     folder = folder_of(tmp_path, {"member/a.png": A, "nonmember/b.png": B})
-    assert len(open_images(str(folder))) == 2
+    assert len(open_images(Location(folder))) == 2
     folder_of(folder, {"member/deep/c.png": C, "auxiliary/d.png": D})
-    assert len(open_images(str(folder))) == 4
+    assert len(open_images(Location(folder))) == 4
     (folder / "member/a.png").unlink()
-    assert set(open_images(str(folder)).table.image) == {images.sha256(data) for data in (B, C, D)}
+    assert set(open_images(Location(folder)).table.image) == {images.sha256(data) for data in (B, C, D)}
 
 
 def test_what_has_just_been_written_is_read_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -467,7 +491,7 @@ def test_what_has_just_been_written_is_read_each_time(tmp_path: Path, monkeypatc
     now = time.time_ns() + 10**11
     monkeypatch.setattr(images, "stamps", lambda path: (layouts.Stamp(path, 0, 0, now),))
     for data in (A, B, C):
-        found = open_images(str(folder_of(tmp_path, {"member/a.png": data})))
+        found = open_images(Location(folder_of(tmp_path, {"member/a.png": data})))
         assert [*found.table.image] == [images.sha256(data)]
 
 
@@ -477,24 +501,24 @@ def test_a_change_that_no_stamp_shows_is_refused_once_and_seen_afterwards(
 ) -> None:
     monkeypatch.setattr(images, "stamps", lambda path: (layouts.Stamp(path, 0, 0, 0),))
     folder = folder_of(tmp_path, {"member/a.png": A, "member/b.png": B})
-    open_images(str(folder))
+    open_images(Location(folder))
     change(folder / "member/a.png")
     with pytest.raises(InputError, match="open the set again"):
-        open_images(str(folder)).read(0)
-    again = open_images(str(folder))
+        open_images(Location(folder)).read(0)
+    again = open_images(Location(folder))
     assert all(images.sha256(again.read(row)) == image for row, image in again.table.image.items())
 
 
 def test_a_refused_set_is_read_again(tmp_path: Path, opened: list[bytes]) -> None:
     assert "There is no image set" in refusal(tmp_path / "set")
-    assert len(open_images(str(folder_of(tmp_path / "set", {"a.png": A})))) == 1
+    assert len(open_images(Location(folder_of(tmp_path / "set", {"a.png": A})))) == 1
 
 
 # What a set can do
 
 
 def test_pixels_come_in_the_order_of_the_table(tmp_path: Path) -> None:
-    found = open_images(str(folder_of(tmp_path, {"member/a.png": A, "member/b.png": B, "nonmember/c.png": C})))
+    found = open_images(Location(folder_of(tmp_path, {"member/a.png": A, "member/b.png": B, "nonmember/c.png": C})))
     alone = [found.with_role("nonmember").pixels(GREY), found.with_role("member").pixels(GREY)]
     assert np.array_equal(found.pixels(GREY)[2:], alone[0])
     assert np.array_equal(found.pixels(GREY)[:2], alone[1])
@@ -508,7 +532,7 @@ def test_a_limit_takes_as_many_members_as_non_members_while_there_are(
     fresh = (png(RNG.integers(0, 256, (8, 8), np.uint8)) for _ in itertools.count())
     files = {f"member/{k}.png": next(fresh) for k in range(members)}
     files |= {f"nonmember/{k}.png": next(fresh) for k in range(nonmembers)}
-    found = open_images(str(folder_of(tmp_path, files)))
+    found = open_images(Location(folder_of(tmp_path, files)))
     for count in range(1, members + nonmembers + 2):
         kept = Counter(found.limit(count).table.role)
         assert kept.total() == min(count, members + nonmembers)
@@ -520,10 +544,10 @@ def test_a_limit_takes_as_many_members_as_non_members_while_there_are(
 
 
 def test_a_digest_is_decided_by_the_pictures_and_their_order_alone(tmp_path: Path) -> None:
-    one = open_images(str(folder_of(tmp_path / "one", {"member/a.png": A, "nonmember/b.png": B})))
-    same = open_images(str(folder_of(tmp_path / "two", {"member/z.png": A, "nonmember/y.png": B})))
-    turned = open_images(str(folder_of(tmp_path / "three", {"member/a.png": B, "nonmember/b.png": A})))
-    other = open_images(str(folder_of(tmp_path / "four", {"member/a.png": A, "nonmember/b.png": C})))
+    one = open_images(Location(folder_of(tmp_path / "one", {"member/a.png": A, "nonmember/b.png": B})))
+    same = open_images(Location(folder_of(tmp_path / "two", {"member/z.png": A, "nonmember/y.png": B})))
+    turned = open_images(Location(folder_of(tmp_path / "three", {"member/a.png": B, "nonmember/b.png": A})))
+    other = open_images(Location(folder_of(tmp_path / "four", {"member/a.png": A, "nonmember/b.png": C})))
     assert one.digest == same.digest
     assert len({one.digest, turned.digest, other.digest}) == 3
 

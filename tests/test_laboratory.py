@@ -17,6 +17,7 @@ from oms_core.attacks import ATTACKS, RIVALS
 from oms_core.attacks.base import column, pairs
 from oms_core.compute import Progress, score, score_each
 from oms_core.evaluation import with_rivals
+from oms_core.location import Location
 from oms_core.people import MEASURES, readable
 from oms_core.run import Plan, Run, calls, plan, scores
 
@@ -24,7 +25,7 @@ from oms_core.run import Plan, Run, calls, plan, scores
 @pytest.fixture
 def run(pipeline: Path, pictures: Path) -> Run:
     """A run on a tiny model with random weights."""
-    return Run(model=str(pipeline), images=str(pictures), attacks=("NA", "PIA"), t=100, batch=6)
+    return Run(model=Location(pipeline), images=Location(pictures), attacks=("NA", "PIA"), t=100, batch=6)
 
 
 def linear_signal(planned: Plan, k: np.ndarray) -> pd.DataFrame:

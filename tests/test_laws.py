@@ -29,6 +29,7 @@ from oms_core.families import load
 from oms_core.families.base import alpha_bar
 from oms_core.folders import DIFFUSED
 from oms_core.images import open_images
+from oms_core.location import Location
 from oms_core.run import Run, lookup, plan, scores
 from oms_core.search import Trajectory, diffuse, fixed_point, predicted_x_0
 
@@ -374,8 +375,8 @@ def test_sharing_changes_no_iterate() -> None:
 @pytest.fixture(scope="session")
 def ideal(pictures: Path) -> tuple[compute.Denoiser, Tensor]:
     """The closed-form model of six random pictures, far from each other, and these pictures."""
-    denoiser = load(describe(f"ideal:{pictures}"), Placement("cpu", "float32"))
-    return denoiser, denoiser.encode(open_images(str(pictures)).with_role("member").pixels(denoiser.profile))
+    denoiser = load(describe(Location(f"ideal:{pictures}")), Placement("cpu", "float32"))
+    return denoiser, denoiser.encode(open_images(Location(pictures)).with_role("member").pixels(denoiser.profile))
 
 
 @pytest.mark.parametrize("t", [50, 100, 200])
@@ -402,7 +403,9 @@ def test_the_ideal_noise_is_the_slope_of_the_density(ideal: tuple, t: int) -> No
 
 
 def test_a_member_of_the_ideal_model_lies_closer_than_any_other_picture(pictures: Path) -> None:
-    run = Run(model=f"ideal:{pictures}", images=str(pictures), attacks=("PIA", "SecMI"), steps=2, batch=8)
+    run = Run(
+        model=Location(f"ideal:{pictures}"), images=Location(pictures), attacks=("PIA", "SecMI"), steps=2, batch=8
+    )
     table = scores(plan(run), score(run))
     for _, group in table.groupby(["attack", "n"]):
         assert group.score[group.member].min() > group.score[~group.member].max()
@@ -412,14 +415,14 @@ def test_a_member_of_the_ideal_model_lies_closer_than_any_other_picture(pictures
 
 
 @pytest.fixture(params=["ddpm", "ideal"])
-def model(request: pytest.FixtureRequest, pipeline: Path, pictures: Path) -> str:
-    return str(pipeline) if request.param == "ddpm" else f"ideal:{pictures}"
+def model(request: pytest.FixtureRequest, pipeline: Path, pictures: Path) -> Location:
+    return Location(pipeline if request.param == "ddpm" else f"ideal:{pictures}")
 
 
-def fresh(tmp_path: Path, model: str, images: Path, **settings: object) -> dict[str, pd.DataFrame]:
+def fresh(tmp_path: Path, model: Location, images: Path, **settings: object) -> dict[str, pd.DataFrame]:
     """The distances of a run that knows nothing yet, by attack, with the picture as index."""
     defaults = {"attacks": COMPARED, "t": 20, "batch": 5}
-    run = Run(model=model, images=str(images), **(defaults | settings))
+    run = Run(model=model, images=Location(images), **(defaults | settings))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMS_CACHE", str(tmp_path / f"cache-{len(list(tmp_path.iterdir()))}"))
         return {name: rows.set_index("image") for name, rows in score(run).items()}
@@ -441,38 +444,38 @@ def copied(pictures: Path, to: Path, rename: Callable[[str], str], kept: int = 6
     return to
 
 
-def test_the_same_run_gives_the_same_bits(tmp_path: Path, model: str, pictures: Path) -> None:
+def test_the_same_run_gives_the_same_bits(tmp_path: Path, model: Location, pictures: Path) -> None:
     assert_same(fresh(tmp_path, model, pictures), fresh(tmp_path, model, pictures))
 
 
-def test_a_score_does_not_depend_on_the_order(tmp_path: Path, model: str, pictures: Path) -> None:
+def test_a_score_does_not_depend_on_the_order(tmp_path: Path, model: Location, pictures: Path) -> None:
     turned = copied(pictures, tmp_path / "turned", lambda name: f"{9 - int(name[0])}.png")
     before, after = fresh(tmp_path, model, pictures), fresh(tmp_path, model, turned)
     assert list(before["NA"].index) != list(after["NA"].index)
     assert_same(after, before)
 
 
-def test_a_score_does_not_depend_on_the_company(tmp_path: Path, model: str, pictures: Path) -> None:
+def test_a_score_does_not_depend_on_the_company(tmp_path: Path, model: Location, pictures: Path) -> None:
     few = copied(pictures, tmp_path / "few", str, kept=2)
     all_of_them = fresh(tmp_path, model, pictures)
     assert_same(fresh(tmp_path, model, few), all_of_them)
     assert_same(fresh(tmp_path, model, pictures, limit=3), all_of_them)
 
 
-def test_a_score_does_not_depend_on_the_attacks_beside(tmp_path: Path, model: str, pictures: Path) -> None:
+def test_a_score_does_not_depend_on_the_attacks_beside(tmp_path: Path, model: Location, pictures: Path) -> None:
     together = fresh(tmp_path, model, pictures)
     for name in COMPARED:
         alone = fresh(tmp_path, model, pictures, attacks=(name,))
         assert_same(alone, {name: together[name]})
 
 
-def test_another_batch_size_changes_no_more_than_the_last_bits(tmp_path: Path, model: str, pictures: Path) -> None:
+def test_another_batch_size_changes_no_more_than_the_last_bits(tmp_path: Path, model: Location, pictures: Path) -> None:
     one, other = (fresh(tmp_path, model, pictures, batch=batch) for batch in (5, 12))
     for name in COMPARED:
         pd.testing.assert_frame_equal(one[name], other[name], rtol=1e-4)
 
 
-def test_a_seed_decides_the_drawn_noise_and_nothing_else(tmp_path: Path, model: str, pictures: Path) -> None:
+def test_a_seed_decides_the_drawn_noise_and_nothing_else(tmp_path: Path, model: Location, pictures: Path) -> None:
     zero, one = (fresh(tmp_path, model, pictures, seed=seed) for seed in (0, 1))
     assert (zero["NA"] != one["NA"]).all(axis=None)
     assert_same({name: one[name] for name in COMPARED[1:]}, {name: zero[name] for name in COMPARED[1:]})
@@ -489,7 +492,7 @@ def test_the_drawn_noise_is_standard_normal_and_differs_between_pictures() -> No
     assert noise[30:].abs().max() == 0  # padding
 
 
-def test_the_global_random_state_is_neither_used_nor_changed(tmp_path: Path, model: str, pictures: Path) -> None:
+def test_the_global_random_state_is_neither_used_nor_changed(tmp_path: Path, model: Location, pictures: Path) -> None:
     torch.manual_seed(1)
     one = fresh(tmp_path, model, pictures, attacks=("NA",))
     state = torch.random.get_rng_state()
@@ -501,7 +504,7 @@ def test_the_last_batch_is_filled_up(monkeypatch: pytest.MonkeyPatch, pipeline: 
     sizes = []
     asked = Probe.eps
     monkeypatch.setattr(Probe, "eps", lambda self, x_t, t: sizes.append(len(x_t)) or asked(self, x_t, t))
-    signals = score(Run(model=str(pipeline), images=str(pictures), attacks=("NA",), batch=5, steps=1))
+    signals = score(Run(model=Location(pipeline), images=Location(pictures), attacks=("NA",), batch=5, steps=1))
     assert sizes == [5, 5, 5]  # twelve pictures
     assert len(signals["NA"]) == 12
 
@@ -516,9 +519,9 @@ def no_model(*_: object) -> None:
 def test_fewer_steps_are_served_from_more_bit_by_bit(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pipeline: Path, pictures: Path
 ) -> None:
-    run = {"model": str(pipeline), "images": str(pictures), "batch": 5, "t": 20}
+    run = {"model": Location(pipeline), "images": Location(pictures), "batch": 5, "t": 20}
     many = score(Run(**run, steps=4))
-    computed = {steps: fresh(tmp_path, str(pipeline), pictures, steps=steps) for steps in (1, 2, 3)}
+    computed = {steps: fresh(tmp_path, Location(pipeline), pictures, steps=steps) for steps in (1, 2, 3)}
     monkeypatch.setattr(compute, "loaded", no_model)
     for steps, expected in computed.items():
         few = score(Run(**run, steps=steps))
@@ -529,8 +532,8 @@ def test_fewer_steps_are_served_from_more_bit_by_bit(
         assert_same({name: rows.set_index("image") for name, rows in few.items()}, expected)
 
 
-def test_what_is_kept_is_what_was_computed(monkeypatch: pytest.MonkeyPatch, model: str, pictures: Path) -> None:
-    run = Run(model=model, images=str(pictures), batch=5, steps=2)
+def test_what_is_kept_is_what_was_computed(monkeypatch: pytest.MonkeyPatch, model: Location, pictures: Path) -> None:
+    run = Run(model=model, images=Location(pictures), batch=5, steps=2)
     first = score(run)
     monkeypatch.setattr(compute, "loaded", no_model)
     again = score(run)
@@ -540,7 +543,7 @@ def test_what_is_kept_is_what_was_computed(monkeypatch: pytest.MonkeyPatch, mode
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"t": 99}, {"steps": 4}, {"batch": 6}, {"limit": 4}])
 def test_another_question_is_not_answered_by_what_is_kept(pipeline: Path, pictures: Path, change: dict) -> None:
-    run = {"model": str(pipeline), "images": str(pictures), "attacks": ("NA",), "batch": 5, "t": 100}
+    run = {"model": Location(pipeline), "images": Location(pictures), "attacks": ("NA",), "batch": 5, "t": 100}
     score(Run(**run))
     assert lookup(plan(Run(**run)))
     assert lookup(plan(Run(**(run | change)))) == {}
@@ -554,7 +557,7 @@ def test_a_stopped_run_goes_on_from_its_last_finished_shard(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pipeline: Path, pictures: Path
 ) -> None:
     monkeypatch.setattr(compute, "SHARD", 4)
-    run = Run(model=str(pipeline), images=str(pictures), batch=4, t=20)
+    run = Run(model=Location(pipeline), images=Location(pictures), batch=4, t=20)
 
     def stop(progress: compute.Progress) -> None:
         if progress.done > 4:
@@ -570,12 +573,12 @@ def test_a_stopped_run_goes_on_from_its_last_finished_shard(
     resumed = score(run, lambda progress: ticks.append(progress.done))
     assert ticks == [4, 8, 12]
     assert len(batches) == 2
-    whole = fresh(tmp_path, str(pipeline), pictures, batch=4)
+    whole = fresh(tmp_path, Location(pipeline), pictures, batch=4)
     assert_same({name: rows.set_index("image") for name, rows in resumed.items()}, whole)
 
 
 def test_a_damaged_result_is_computed_again_to_the_same_bits(pipeline: Path, pictures: Path) -> None:
-    run = Run(model=str(pipeline), images=str(pictures), attacks=("PIA",), batch=5)
+    run = Run(model=Location(pipeline), images=Location(pictures), attacks=("PIA",), batch=5)
     first = score(run)["PIA"]
     ((_, folder),) = variants(plan(run).tasks[0].key)
     path = part(folder, 0)
@@ -586,7 +589,7 @@ def test_a_damaged_result_is_computed_again_to_the_same_bits(pipeline: Path, pic
 
 
 def test_a_score_is_a_distance_turned_round(pipeline: Path, pictures: Path) -> None:
-    run = Run(model=str(pipeline), images=str(pictures), batch=5)
+    run = Run(model=Location(pipeline), images=Location(pictures), batch=5)
     signals, planned = score(run), plan(run)
     table = scores(planned, signals)
     assert len(table) == 12 * len(COMPARED) * run.steps

@@ -30,6 +30,7 @@ from oms_core.assemble import png
 from oms_core.decode import Profile
 from oms_core.errors import InputError
 from oms_core.images import ImageSet, inspection, open_images
+from oms_core.location import Location
 from oms_core.run import Run, plan
 
 RNG = np.random.default_rng(1)
@@ -64,7 +65,7 @@ def reasons(found: ImageSet) -> dict[str, str]:
 
 def refusal(name: str | Path) -> str:
     with pytest.raises(InputError) as refused:
-        open_images(str(name))
+        open_images(Location(name))
     assert "\n" not in str(refused.value)
     return str(refused.value)
 
@@ -150,7 +151,7 @@ LAYOUTS: dict[str, tuple[dict[str, bytes | str], list[tuple[str, str, str, str]]
 def test_a_layout_says_role_label_and_caption_in_a_folder_as_in_a_zip(tmp_path: Path, name: str, place: str) -> None:
     files, expected = LAYOUTS[name]
     where = folder_of(tmp_path / "set", files) if place == "folder" else zip_of(tmp_path / "set.ZIP", files)
-    found = open_images(str(where))
+    found = open_images(Location(where))
     assert [*found.table[["file", "role", "label", "caption"]].itertuples(index=False, name=None)] == expected
     assert found.rejected.empty
     assert [found.read(row) for row in found.table.index] == [files[file] for file, *_ in expected]
@@ -159,7 +160,7 @@ def test_a_layout_says_role_label_and_caption_in_a_folder_as_in_a_zip(tmp_path: 
 def test_a_set_of_unknown_roles_opens_but_cannot_be_attacked(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "set", {"a.png": A})
     with pytest.raises(InputError, match=r"says of no picture whether it is a member.*SPLIT\.npz@SET"):
-        plan(Run(images=str(folder)))
+        plan(Run(images=Location(folder)))
 
 
 BAD_CAPTIONS = {
@@ -185,7 +186,7 @@ def test_unusable_captions_are_refused_in_one_sentence(tmp_path: Path, name: str
 
 def test_a_caption_that_is_no_regular_file_is_refused_and_one_that_is_no_text_is_shown(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, {"a.png": A, "b.png": B, "a.txt": b"\xff!", "caption.json": '{"b.png": "\\ud800?"}'})
-    assert column(open_images(str(folder)), "caption") == {"a.png": "\ufffd!", "b.png": "\ufffd?"}
+    assert column(open_images(Location(folder)), "caption") == {"a.png": "\ufffd!", "b.png": "\ufffd?"}
     os.mkfifo(folder / "b.txt")
     assert "b.txt in" in refusal(folder)
 
@@ -196,7 +197,7 @@ def test_captions_may_be_larger_than_a_picture_may(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(layouts.Folder.read, "__defaults__", (len(words) - 1,))
     for where in (zip_of(tmp_path / "x.zip", {"a.png": A, "caption.json": words}), tmp_path / "x"):
         folder_of(tmp_path / "x", {"a.png": A, "caption.json": words})
-        assert open_images(str(where)).table.caption.iloc[0].endswith("999")
+        assert open_images(Location(where)).table.caption.iloc[0].endswith("999")
 
 
 # Zips
@@ -240,7 +241,7 @@ def test_a_hazard_in_a_zip_is_listed_with_its_reason_and_nothing_is_written(
         archive.writestr("a.png", A)
         archive.writestr(entry, data, zipfile.ZIP_DEFLATED)
     before = sorted(tmp_path.parent.rglob("*"))
-    found = open_images("x.zip")
+    found = open_images(Location("x.zip"))
     assert column(found, "role") == {"a.png": ""}
     assert reasons(found).keys() == {file}
     assert reason in reasons(found)[file]
@@ -254,7 +255,7 @@ def test_an_encrypted_entry_is_listed_with_its_reason(tmp_path: Path) -> None:
     data[local + 6] |= 1
     data[central + 8] |= 1
     path.write_bytes(data)
-    found = open_images(str(path))
+    found = open_images(Location(path))
     assert reasons(found) == {"b.png": "it is encrypted"}
     assert [*found.table.file] == ["a.png"]
 
@@ -264,7 +265,7 @@ def test_an_entry_that_claims_to_be_small_is_not_read_beyond_its_claim(tmp_path:
     data = bytearray(path.read_bytes())
     struct.pack_into("<I", data, data.rindex(b"PK\1\2") + 24, 10)  # its size unpacked
     path.write_bytes(data)
-    assert reasons(open_images(str(path))) == {"b.png": "the entry is damaged"}
+    assert reasons(open_images(Location(path))) == {"b.png": "the entry is damaged"}
 
 
 def test_a_zip_of_too_many_or_too_large_entries_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,14 +283,14 @@ def test_a_name_twice_in_a_zip_is_one_picture(tmp_path: Path) -> None:
         with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
             archive.writestr("a.png", A)
             archive.writestr("a.png", B)
-    found = open_images(str(tmp_path / "x.zip"))
+    found = open_images(Location(tmp_path / "x.zip"))
     assert [found.read(row) for row in found.table.index] == [B]
     assert reasons(found) == {"a.png": "the same picture is listed twice"}
 
 
 def test_metadata_in_a_zip_may_name_what_is_not_there(tmp_path: Path) -> None:
     table = 'file_name,member\na.png,1\nz.png,0\n"x\0y",0\n'
-    found = open_images(str(zip_of(tmp_path / "x.zip", {"a.png": A, "metadata.csv": table})))
+    found = open_images(Location(zip_of(tmp_path / "x.zip", {"a.png": A, "metadata.csv": table})))
     assert column(found, "role") == {"a.png": "member"}
     assert reasons(found) == {"z.png": "it is not in the archive", "x\0y": "it is not in the archive"}
 
@@ -305,7 +306,7 @@ def test_a_damaged_zip_is_refused_or_lists_what_is_damaged(tmp_path: Path, metho
     for case in cases:
         (tmp_path / "x.zip").write_bytes(case)
         try:
-            found = open_images(str(tmp_path / "x.zip"))
+            found = open_images(Location(tmp_path / "x.zip"))
         except InputError:
             continue
         assert {found.read(row) for row in found.table.index} <= {A, B}
@@ -340,14 +341,14 @@ def test_parquet_read_in_any_order_is_what_was_written(tmp_path: Path, name: str
     table = pa.table({key: [cell(data) for data in PNGS]} | said)
     for part, start in (("a", 0), ("b", 7)):
         pq.write_table(table.slice(start, 7), tmp_path / f"{part}.parquet", row_group_size=3)
-    found = open_images(str(tmp_path))
+    found = open_images(Location(tmp_path))
     assert [*found.table.file[6:8]] == ["a-000006", "b-000000"]
     assert [*found.table.role] == ["member", "nonmember"] * 6
     assert [*found.table.label] == [str(k) for k in range(12)]
     assert [*found.table.caption] == [f"w{k}" for k in range(12)]
     order = RNG.permutation(12)
     assert [found.read(row) for row in order] == [PNGS[row] for row in order]
-    alone = open_images(str(tmp_path / "b.parquet"))
+    alone = open_images(Location(tmp_path / "b.parquet"))
     assert np.array_equal(alone.pixels(GREY)[..., 0], PIXELS[7:])
 
 
@@ -370,7 +371,7 @@ def test_only_the_row_groups_in_use_are_in_memory(tmp_path: Path, monkeypatch: p
 
 def test_several_threads_read_the_same_pictures(tmp_path: Path) -> None:
     pq.write_table(pa.table({"png": PNGS}), tmp_path / "x.parquet", row_group_size=1)
-    found = open_images(str(tmp_path / "x.parquet"))
+    found = open_images(Location(tmp_path / "x.parquet"))
     order = [*np.random.default_rng(0).integers(0, len(PNGS), 300).tolist()]
     with ThreadPoolExecutor(4) as pool:
         assert [*pool.map(found.read, order)] == [PNGS[row] for row in order]
@@ -378,12 +379,12 @@ def test_several_threads_read_the_same_pictures(tmp_path: Path) -> None:
 
 def test_parquet_without_words_or_with_gaps_opens(tmp_path: Path) -> None:
     pq.write_table(pa.table({"jpg": [A, None, b"no picture"]}), tmp_path / "x.parquet")
-    found = open_images(str(tmp_path / "x.parquet"))
+    found = open_images(Location(tmp_path / "x.parquet"))
     assert [*found.table[["role", "label", "caption"]].itertuples(index=False, name=None)] == [("", "", "")]
     assert reasons(found)["x-000001"] == "the row holds no picture"
     gaps = {"image": [A, B, C], "role": ["auxiliary", None, ""], "caption": [["one", "two"], [], None]}
     pq.write_table(pa.table(gaps), tmp_path / "x.parquet")
-    found = open_images(str(tmp_path / "x.parquet"))
+    found = open_images(Location(tmp_path / "x.parquet"))
     assert [*found.table.role] == ["auxiliary", "", ""]
     assert [*found.table.caption] == ["one", "", ""]
 
@@ -413,7 +414,7 @@ def test_damaged_parquet_is_refused_or_lists_what_is_damaged(tmp_path: Path) -> 
         changed = whole[:at] + bytes([whole[at] ^ 1 << chance.randrange(8)]) + whole[at + 1 :]
         (tmp_path / "x.parquet").write_bytes(chance.choice([changed, whole[:at]]))
         try:
-            found = open_images(str(tmp_path / "x.parquet"))
+            found = open_images(Location(tmp_path / "x.parquet"))
         except InputError:
             refused += 1
             continue
@@ -439,7 +440,7 @@ def cifar_of(root: Path, labels: int = 1) -> Path:
 
 @pytest.mark.parametrize("labels", [1, 2])
 def test_cifar_comes_in_training_order_with_labels_and_exact_pixels(tmp_path: Path, labels: int) -> None:
-    found = open_images(str(cifar_of(tmp_path, labels)))
+    found = open_images(Location(cifar_of(tmp_path, labels)))
     assert [*found.table.label] == [str(k % 10 + 100 * (labels - 1)) for k in range(15)]
     assert set(found.table.role) == {""}
     assert np.array_equal(found.pixels(Profile((32, 32), 3)), COLOURS)
@@ -498,14 +499,14 @@ def test_a_data_set_of_the_hub_opens_by_split(monkeypatch: pytest.MonkeyPatch) -
     train = Table({"img": data, "fine_label": k, "text": [f"w{k}"]} for k, data in enumerate(PNGS[:3]))
     test = Table([{"image": D, "caption": None, "member": True}, {"image": None, "caption": "x", "member": False}])
     pretend(monkeypatch, {("o/n", "train"): train, ("o/n", "test"): test, ("o/n", "bare"): Table([{"png": A}])})
-    found = open_images("hub:o/n")
+    found = open_images(Location("hub:o/n"))
     assert [found.read(row) for row in (2, 0, 1)] == [C, A, B]
     assert [*found.table.label] == ["0", "1", "2"]
     assert [*found.table.caption] == ["w0", "w1", "w2"]
-    found = open_images("hub:o/n:test")
+    found = open_images(Location("hub:o/n:test"))
     assert [*found.table[["role", "caption"]].itertuples(index=False, name=None)] == [("member", "")]
     assert reasons(found) == {"n-000001": "the row holds no picture"}
-    assert len(open_images("hub:o/n:bare")) == 1
+    assert len(open_images(Location("hub:o/n:bare"))) == 1
 
 
 def test_what_the_hub_does_not_have_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -521,7 +522,7 @@ def test_a_data_set_of_the_hub_is_asked_for_each_time(tmp_path: Path, monkeypatc
     for data in (A, B):
         pretend(monkeypatch, {("o/n", "train"): Table([{"png": data}])})
         for name in ("hub:o/n", "member=hub:o/n", f"{split}@hub:o/n"):
-            assert open_images(name).read(0) == data
+            assert open_images(Location(name)).read(0) == data
 
 
 def test_without_the_library_the_sentence_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -544,19 +545,19 @@ def named(members: Any, others: Any, **more: Any) -> dict[str, Any]:
 def test_a_split_gives_roles_by_the_place_in_the_data_set(tmp_path: Path) -> None:
     cifar = cifar_of(tmp_path / "cifar")
     split = split_of(tmp_path / "s.npz", **named(np.array([14, 0]), np.array([[3], [5]]), ratio=0.5))
-    found = open_images(f"{split}@{cifar}")
+    found = open_images(Location(f"{split}@{cifar}"))
     members, others = (found.with_role(role).pixels(Profile((32, 32), 3)) for role in ("member", "nonmember"))
     assert np.array_equal(members, COLOURS[[0, 14]])
     assert np.array_equal(others, COLOURS[[3, 5]])
     assert found.table.role.eq("").sum() == 11
-    assert len(plan(Run(images=f"{split}@{cifar}", attacks=("PIA",))).images) == 4
+    assert len(plan(Run(images=Location(f"{split}@{cifar}"), attacks=("PIA",))).images) == 4
 
 
 def test_places_stay_right_where_a_picture_is_unusable_or_doubled(tmp_path: Path) -> None:
     cells = [A, b"no picture", B, A, C, C, D]
     pq.write_table(pa.table({"image": cells}), tmp_path / "x.parquet")
     split = split_of(tmp_path / "s.npz", **named([0, 1, 2, 4, 5], [3, 6]))
-    found = open_images(f"{split}@{tmp_path / 'x.parquet'}")
+    found = open_images(Location(f"{split}@{tmp_path / 'x.parquet'}"))
     assert {found.read(row): found.table.role[row] for row in found.table.index} == {
         B: "member",
         C: "member",
@@ -573,7 +574,7 @@ def test_places_stay_right_where_a_picture_is_unusable_or_doubled(tmp_path: Path
 def test_a_split_of_a_built_in_set_holds_its_pictures(tmp_path: Path) -> None:
     digits = open_images("digits")
     split = split_of(tmp_path / "s.npz", **named([1796], [5]))
-    found = open_images(f"{split}@digits")
+    found = open_images(Location(f"{split}@digits"))
     assert [*found.with_role("member", "nonmember").table.image] == [*digits.table.image.iloc[[5, 1796]]]
 
 
@@ -618,7 +619,7 @@ def test_a_file_that_is_no_split_is_refused(tmp_path: Path, data: bytes | str | 
 def test_joined_sets_take_the_role_they_are_given_and_drop_what_stands_in_both(tmp_path: Path) -> None:
     one = folder_of(tmp_path / "one", {"a.png": A, "b.png": B, "bad.png": b"x"})
     two = zip_of(tmp_path / "two.zip", {"member/again.png": A, "member/c.png": C})
-    found = open_images(f"member={one}, nonmember={two}")
+    found = open_images(Location(f"member={one}, nonmember={two}"))
     assert column(found, "role") == {"b.png": "member", "member/c.png": "nonmember"}
     both = "the same picture is also listed with another role"
     assert reasons(found) == {"bad.png": reasons(found)["bad.png"], "a.png": both, "member/again.png": both}
@@ -645,7 +646,7 @@ def test_an_unusable_join_is_refused_in_one_sentence(tmp_path: Path, name: str, 
 def test_a_set_is_described_with_counts_sizes_roles_and_reasons(tmp_path: Path) -> None:
     colour = png(RNG.integers(0, 256, (9, 8, 3), np.uint8))
     files = {"member/a.png": A, "nonmember/b.png": colour, "nonmember/c.png": b"<html>"}
-    said = inspection(open_images(str(folder_of(tmp_path, files))))
+    said = inspection(open_images(Location(folder_of(tmp_path, files))))
     assert said["roles"] == {"member": 1, "nonmember": 1}
     assert said["sizes"] == {"8 x 8 grey": 1, "9 x 8 colour": 1}
     assert [*said["rejected"].values()] == [["nonmember/c.png"]]
@@ -657,21 +658,21 @@ def test_a_set_is_described_with_counts_sizes_roles_and_reasons(tmp_path: Path) 
 FILLER = RNG.bytes(2**20)  # more than a reader keeps
 
 
-def in_folder(root: Path, data: bytes) -> str:
-    return str(folder_of(root / "set", {"a.png": data, "z.png": C}))
+def in_folder(root: Path, data: bytes) -> Location:
+    return Location(folder_of(root / "set", {"a.png": data, "z.png": C}))
 
 
-def in_zip(root: Path, data: bytes) -> str:
-    return str(zip_of(root / "x.zip", {"a.png": data, "filler.md": FILLER, "z.png": C}, zipfile.ZIP_STORED))
+def in_zip(root: Path, data: bytes) -> Location:
+    return Location(zip_of(root / "x.zip", {"a.png": data, "filler.md": FILLER, "z.png": C}, zipfile.ZIP_STORED))
 
 
-def in_parquet(root: Path, data: bytes) -> str:
+def in_parquet(root: Path, data: bytes) -> Location:
     pq.write_table(pa.table({"image": [data, C, D]}), root / "x.parquet", row_group_size=1)
-    return str(root / "x.parquet")
+    return Location(root / "x.parquet")
 
 
 @pytest.mark.parametrize("make", [in_folder, in_zip, in_parquet])
-def test_a_picture_that_changes_while_it_is_in_use_is_refused(tmp_path: Path, make: Callable[..., str]) -> None:
+def test_a_picture_that_changes_while_it_is_in_use_is_refused(tmp_path: Path, make: Callable[..., Location]) -> None:
     name = make(tmp_path, A)
     found = open_images(name)
     assert [found.read(row) for row in found.table.index][:2] == [A, C]
@@ -685,21 +686,21 @@ def test_a_picture_that_changes_while_it_is_in_use_is_refused(tmp_path: Path, ma
 # A set that is opened again
 
 
-def of_cifar(root: Path, data: bytes) -> str:
-    return str(folder_of(root / "cifar", {"train.bin": data.ljust(2 * 3074, b"0")[: 2 * 3074]}))
+def of_cifar(root: Path, data: bytes) -> Location:
+    return Location(folder_of(root / "cifar", {"train.bin": data.ljust(2 * 3074, b"0")[: 2 * 3074]}))
 
 
-def of_split(root: Path, data: bytes) -> str:
-    return f"{split_of(root / 's.npz', **named([0], [1]))}@{in_zip(root, data)}"
+def of_split(root: Path, data: bytes) -> Location:
+    return Location(f"{split_of(root / 's.npz', **named([0], [1]))}@{in_zip(root, data)}")
 
 
-def of_both(root: Path, data: bytes) -> str:
-    return f"member={in_folder(root, data)},nonmember={in_parquet(root, D)}"
+def of_both(root: Path, data: bytes) -> Location:
+    return Location(f"member={in_folder(root, data)},nonmember={in_parquet(root, D)}")
 
 
 @pytest.mark.parametrize("make", [in_folder, in_zip, in_parquet, of_cifar, of_split, of_both])
 def test_a_set_is_read_again_only_when_its_files_have_changed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[..., str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[..., Location]
 ) -> None:
     read, original = [], images.look_through
     monkeypatch.setattr(
@@ -738,8 +739,10 @@ def test_another_split_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 SCORE = """
 import resource, sys
 from oms_core.compute import score
+from oms_core.location import Location
 from oms_core.run import Run
-rows = score(Run(model=sys.argv[1], images=sys.argv[2], attacks=("PIA",), steps=1, batch=64, device="cpu"))
+model, images = map(Location, sys.argv[1:])
+rows = score(Run(model=model, images=images, attacks=("PIA",), steps=1, batch=64, device="cpu"))
 print(len(rows["PIA"]), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 

@@ -23,6 +23,7 @@ from oms_core.attacks.quantile import LEVELS, QR, rates_by_level
 from oms_core.attacks.trajectory import SHARE
 from oms_core.compute import score
 from oms_core.errors import InputError
+from oms_core.location import Location
 from oms_core.metrics import auc
 from oms_core.run import Run, calls, lookup, plan, scores
 
@@ -329,7 +330,7 @@ def three_roles(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.usefixtures("quick")
 def test_a_fit_is_made_once_and_kept(pipeline: Path, three_roles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Run(model=str(pipeline), images=str(three_roles), attacks=EVERY, t=100, steps=2, batch=8)
+    run = Run(model=Location(pipeline), images=Location(three_roles), attacks=EVERY, t=100, steps=2, batch=8)
     found = score(run)
     assert {name: len(rows) for name, rows in found.items()} == dict.fromkeys(EVERY, 12) | dict.fromkeys(LABELLED, 8)
     monkeypatch.setattr(compute, "loaded", None)  # no model can be asked any more
@@ -346,7 +347,7 @@ def test_a_fit_is_made_once_and_kept(pipeline: Path, three_roles: Path, monkeypa
 
 def test_learning_costs_no_model_call(pipeline: Path, three_roles: Path) -> None:
     names = {name: ATTACKS[name].base.name for name in EVERY}
-    run = Run(model=str(pipeline), images=str(three_roles), attacks=(*names, *names.values()), steps=3)
+    run = Run(model=Location(pipeline), images=Location(three_roles), attacks=(*names, *names.values()), steps=3)
     counted = calls(plan(run))
     assert all(counted[name, n] == counted[base, n] for name, base in names.items() for n in (1, 2, 3))
 
@@ -354,7 +355,7 @@ def test_learning_costs_no_model_call(pipeline: Path, three_roles: Path) -> None
 @pytest.mark.parametrize("name", [name for name in EVERY if name not in LABELLED])
 def test_without_auxiliary_pictures_one_sentence_says_so(name: str, pipeline: Path, pictures: Path) -> None:
     with pytest.raises(InputError, match=rf"^{name} learns from pictures .* none of the role auxiliary\.$"):
-        score(Run(model=str(pipeline), images=str(pictures), attacks=(name,), t=100))
+        score(Run(model=Location(pipeline), images=Location(pictures), attacks=(name,), t=100))
 
 
 @pytest.mark.parametrize("name", EVERY)

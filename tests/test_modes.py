@@ -16,12 +16,13 @@ from oms_core.cache import Variant, begun, key_of
 from oms_core.denoiser import Denoiser
 from oms_core.device import FIRST_BATCH
 from oms_core.errors import InputError
+from oms_core.location import Location
 from oms_core.run import Run, lookup, plan
 
 
 @pytest.fixture
 def run(pipeline: Path, pictures: Path) -> Run:
-    return Run(str(pipeline), str(pictures), attacks=("NA",), t=100, steps=2, batch=8, device="cpu")
+    return Run(Location(pipeline), Location(pictures), attacks=("NA",), t=100, steps=2, batch=8, device="cpu")
 
 
 def test_channels_last_is_the_same_up_to_rounding_and_a_result_of_its_own(run: Run) -> None:

@@ -25,6 +25,7 @@ from oms_core.errors import InputError
 from oms_core.families import load
 from oms_core.files import ASSETS
 from oms_core.images import open_images
+from oms_core.location import Location
 from oms_core.training import ddpm
 from oms_core.training.loop import Training
 from oms_core.training.recipes import DIGITS_TIMESTEPS, RECIPES, Recipe
@@ -213,11 +214,11 @@ def test_every_kind_of_training_is_decided_by_its_seed_and_saves_what_loads(
     assert card_of(runs[0])[f"{group}_digest"] == open_images("digits").with_role(role).digest
     folder = runs[0] / "epoch-0001"
     if family in ("uvit", "stable_diffusion"):
-        denoiser = load(catalog.describe(str(folder)), Placement("cpu", "float32"))
+        denoiser = load(catalog.describe(Location(folder)), Placement("cpu", "float32"))
         x_0 = denoiser.encode(np.zeros((2, 8, 8, 1), np.uint8))
         assert denoiser.eps(x_0, 10, denoiser.condition(["", ""])).shape == x_0.shape
     if family == "captioner":
-        assert captions.describe(str(folder)).folder == folder
+        assert captions.describe(Location(folder)).folder == folder
 
 
 # What comes out
@@ -225,7 +226,7 @@ def test_every_kind_of_training_is_decided_by_its_seed_and_saves_what_loads(
 
 @pytest.mark.parametrize("epoch", TINY.snapshots)
 def test_a_snapshot_loads_through_the_one_door(trained: Path, epoch: int) -> None:
-    model = catalog.describe(str(trained / f"epoch-{epoch:04d}"))
+    model = catalog.describe(Location(trained / f"epoch-{epoch:04d}"))
     assert (model.family, model.profile, model.timesteps) == ("ddpm", Profile((8, 8), 1), 1000)
     assert model.parameters == card_of(trained)["parameters"]
     denoiser = load(model, Placement("cpu", "float32"))
@@ -241,7 +242,9 @@ def test_snapshots_differ_and_hold_the_averaged_weights(trained: Path) -> None:
     training = Training(NAME, trained.parent.parent / "work")
     training.resume()
     last, first = (
-        load(catalog.describe(str(trained / f"epoch-{epoch:04d}")), Placement("cpu", "float32")).network.state_dict()
+        load(
+            catalog.describe(Location(trained / f"epoch-{epoch:04d}")), Placement("cpu", "float32")
+        ).network.state_dict()
         for epoch in (12, 4)
     )
     averaged, raw = training.averaged().half().state_dict(), training.subject.module.half().state_dict()
