@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from functools import partial
 from oms_core import cache
 from oms_core.attacks import COMPARED
 from oms_core.bench.base import STEPS, Row, Subject, row, timed
+from oms_core.errors import InputError
 from oms_core.files import ASSETS
 from oms_core.run import Plan, Run, lookup, plan
 
@@ -28,6 +30,8 @@ times = [time.perf_counter()]
 for _ in range(int(turns)):
     page.run()
     times.append(time.perf_counter())
+if page.session_state["context"].model != model:
+    sys.exit(f"the page does not show {model}")
 print(statistics.median(end - start for start, end in zip(times, times[1:])))
 """
 
@@ -60,7 +64,18 @@ def warm_evaluate(subject: Subject) -> float:
 
 
 def rerun(subject: Subject) -> float:
-    """Seconds in which the server answers a visitor's choice, in a process that the engine does not know."""
-    command = [sys.executable, "-W", "ignore", "-c", VISIT, str(ASSETS.parent / "app.py"), subject.name, str(TURNS)]
-    done = subprocess.run(command, cwd=ASSETS.parent, check=True, capture_output=True, text=True)
+    """Seconds in which the server answers a visitor's choice, in a process that the engine does not know.
+
+    Raises:
+        InputError: the model is neither built in nor a folder, and no page can show it.
+    """
+    name, environment = subject.name, {}
+    if os.path.isdir(name):
+        name = os.path.realpath(name)
+        environment = {"OMS_MODELS": os.path.dirname(name)}  # as its owner would open it
+    elif not subject.model.card and subject.model.family != "ideal":
+        raise InputError(f"A page shows built-in models and folders; {name} is neither, so leave out the part app.")
+    command = [sys.executable, "-W", "ignore", "-c", VISIT, str(ASSETS.parent / "app.py"), name, str(TURNS)]
+    where = {"cwd": ASSETS.parent, "env": os.environ | environment}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, **where)
     return float(done.stdout)

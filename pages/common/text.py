@@ -6,7 +6,7 @@ import re
 
 MARKUP = re.compile(r"([\\`*_\[\]<>&$~|])")
 BEGINS = re.compile(r"^(\d*)([-+=#.)])")  # a list, a rule or a heading, at the beginning of a line
-LINKED = re.compile(r"(?<=:)(?=\S)|(?<=www)(?=\.)|(?<=@)(?=[^\s@]*\.)", re.IGNORECASE)
+LINKED = re.compile(r"(?<=:)(?=\S)|(?<=www)(?=\.)|(?<=@)(?=[^\s@]*\.\w)", re.IGNORECASE)
 JOINER = "\N{WORD JOINER}"  # has no width; a browser makes no link, icon or address of what it stands in
 
 
