@@ -24,8 +24,8 @@ KINDS = {  # of an element, and the field in which its state is sent
     "text_input": "string_value",
     "radio": "string_value",
     "plotly_chart": "string_value",
-    "arrow_data_frame": "string_value",
-    "arrow_vega_lite_chart": "string_value",
+    "dataframe": "string_value",
+    "vega_lite_chart": "string_value",
     "slider": "double_array_value",
     "button_group": "string_array_value",
     "multiselect": "string_array_value",
@@ -44,7 +44,7 @@ class Wire:
     """
 
     def __init__(self, address: str, page: str = "", query: str = "") -> None:
-        self.address, self.page, self.query, self.page_hash = address, page, query, ""
+        self.address, self.page, self.query = address, page, query
         self.elements: dict[tuple[int, ...], tuple[str, Any, str]] = {}
         self.jar = http.cookiejar.CookieJar()
         self.http = urllib.request.build_opener(urllib.request.HTTPCookieProcessor(self.jar))
@@ -73,10 +73,7 @@ class Wire:
         asked = message.rerun_script
         asked.query_string = self.query if query is None else query
         asked.fragment_id = fragment
-        if self.page_hash:
-            asked.page_script_hash = self.page_hash
-        else:
-            asked.page_name = self.page
+        asked.page_name = self.page
         asked.widget_states.widgets.extend(states)
         if not fragment:
             self.elements = {}
@@ -97,9 +94,7 @@ class Wire:
             message = ForwardMsg()
             message.ParseFromString(self.socket.recv(timeout=max(0, end - time.monotonic())))
             kind = message.WhichOneof("type")
-            if kind == "new_session":
-                self.page_hash = message.new_session.page_script_hash or self.page_hash
-            elif kind == "delta" and message.delta.WhichOneof("type") == "new_element":
+            if kind == "delta" and message.delta.WhichOneof("type") == "new_element":
                 element = message.delta.new_element
                 shown = element.WhichOneof("type")
                 place = tuple(message.metadata.delta_path)
