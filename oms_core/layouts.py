@@ -37,8 +37,11 @@ ROLES = ("member", "nonmember", "auxiliary")
 TRUE_WORDS, FALSE_WORDS = ("1", "true", "yes", "member"), ("0", "false", "no", "nonmember", "non-member")
 IGNORED = ("Thumbs.db", "desktop.ini")
 BESIDE = (".txt", ".json", ".csv", ".npz", ".parquet", ".tsv", ".md")  # what may lie beside pictures
-MAX_WORDS = 512 * 2**20  # bytes of a file of captions
+MAX_WORDS, MAX_VALUES = 128 * 2**20, 10**7  # bytes and values of a file of captions; COCO's largest has 92 MB
+MAX_CAPTION = 2**16  # bytes of a caption in a file of its own
+MAX_PICTURES = 2_000_000  # of a set
 MAX_ENTRIES, MAX_RATIO = 20_000, 200  # of a zip
+MAX_DIRECTORY = 16 * 2**20  # bytes of the list of a zip's entries, which takes many times as much in memory
 BOUNDED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # others are unpacked as a whole, whatever size is claimed
 LFW = re.compile(r"(?:.*/)?([^/]+)/\1_\d{4}\.(?:jpe?g|png)", re.IGNORECASE)
 
@@ -99,6 +102,30 @@ class Folder:
         return str(self.path)
 
 
+class Careful(io.BufferedReader):
+    """A zip on disk. The list of its entries is read at once, so a long one is noticed before it is taken apart."""
+
+    careful = True
+
+    def read(self, size: int | None = -1) -> bytes:
+        if self.careful and (size or 0) > MAX_DIRECTORY:
+            raise InputError("the list of its entries is too long")
+        return super().read(size)
+
+
+def archive_of(path: Path) -> zipfile.ZipFile:
+    """A zip on disk, with its list of entries, which must be bounded.
+
+    Raises:
+        InputError: the list is too long.
+        OSError, zipfile.BadZipFile: it cannot be read.
+    """
+    source = Careful(io.FileIO(path))
+    archive = zipfile.ZipFile(source)
+    source.careful = False
+    return archive
+
+
 @dataclass(eq=False)
 class Zip:
     """The files in a zip archive, on disk or in memory; nothing is ever unpacked to disk."""
@@ -108,7 +135,7 @@ class Zip:
     @cached_property
     def archive(self) -> zipfile.ZipFile:
         try:
-            archive = zipfile.ZipFile(self.source)
+            archive = archive_of(self.source) if isinstance(self.source, Path) else zipfile.ZipFile(self.source)
         except Exception as error:  # damage in the directory shows in many ways
             raise InputError(f"{self} is no complete zip archive; pack it again.") from error
         if len(archive.infolist()) > MAX_ENTRIES:
@@ -116,16 +143,23 @@ class Zip:
         return archive
 
     @cached_property
+    def entries(self) -> dict[str, zipfile.ZipInfo]:
+        """Its entries by name; the second of a name is called name (2)."""
+        names: dict[str, int] = {}
+        return {numbered(entry.filename, names): entry for entry in self.archive.infolist()}
+
+    @cached_property
     def files(self) -> list[str]:
         """The names of its entries, sorted."""
-        names = [name for name in self.archive.namelist() if not name.endswith("/")]
+        names = [name for name, entry in self.entries.items() if not entry.is_dir()]
         return sorted(name for name in names if not hidden(name) and not name.startswith("__MACOSX/"))
 
     def read(self, file: str, most: int = MAX_BYTES) -> bytes:
-        if file not in self.archive.NameToInfo:
+        if file not in self.entries:
             raise InputError("it is not in the archive")
-        entry = self.archive.getinfo(file)
-        if entry.filename.startswith("/") or ".." in PurePosixPath(file).parts or "\\" in file or ":" in file:
+        entry = self.entries[file]
+        name = entry.filename
+        if name.startswith("/") or ".." in PurePosixPath(name).parts or "\\" in name or ":" in name:
             raise InputError("its name points out of the archive")
         if stat.S_ISLNK(entry.external_attr >> 16):
             raise InputError("it is a link")
@@ -150,12 +184,41 @@ class Zip:
 Tree = Folder | Zip
 
 
+def numbered(name: str, names: dict[str, int]) -> str:
+    """A name that was not there before: the second of a name is called name (2).
+
+    Args:
+        name: a name.
+        names: those that were there, each with how often; this one is added.
+    """
+    free = name
+    while free in names:
+        names[name] += 1
+        free = f"{name} ({names[name]})"
+    names[free] = 1
+    return free
+
+
+def refuse_doubles(archive: Zip) -> None:
+    """Refuse a zip in which a name stands twice, as what is said of it could mean either.
+
+    Raises:
+        InputError: naming the first.
+    """
+    for name in archive.files:
+        entry = archive.entries[name]
+        if name != entry.filename:
+            raise InputError(f"{archive} holds two entries called {entry.filename!r}; pack it again with one of each.")
+
+
 def listed(tree: Tree) -> Iterable[Listed]:
     """Every picture of a tree, by the first layout that fits.
 
     Raises:
-        InputError: what describes the pictures is damaged or unclear.
+        InputError: what describes the pictures is damaged or unclear, or a name stands twice in a zip.
     """
+    if isinstance(tree, Zip):
+        refuse_doubles(tree)
     if "metadata.csv" in tree.files:
         return in_metadata(tree)
     words = captions_in(tree)

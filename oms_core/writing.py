@@ -81,15 +81,19 @@ def whole_folder(path: Path) -> Iterator[Path]:
     Raises:
         OSError: it could not be written; what was there is as it was.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    missing = [parent for parent in path.parents if not parent.exists()]
     partial = beside(path)
-    partial.mkdir()
     try:
+        partial.mkdir(parents=True)
         yield partial
         flush_tree(partial)
         put_folder(partial, path)
-    finally:
+    except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        for parent in missing:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        raise
     flush_names(path.parent)
 
 
