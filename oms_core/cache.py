@@ -229,6 +229,11 @@ def counted(content: dict[str, Any], count: Callable[[], pd.DataFrame]) -> pd.Da
     return rows
 
 
+def is_counted(content: dict[str, Any]) -> bool:
+    """Whether figures are kept under a content."""
+    return next(variants(key_of(content)), None) is not None
+
+
 def forget(content: dict[str, Any]) -> None:
     """Drop what `counted` keeps of a content on this machine."""
     shutil.rmtree(Entry(key_of(content), COUNTED, 1).folder, ignore_errors=True)
