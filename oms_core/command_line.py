@@ -20,7 +20,7 @@ from oms_core.attacks import COMPARED
 from oms_core.errors import InputError
 from oms_core.images import inspection, open_images
 from oms_core.people import beside_the_paper, plain, readable
-from oms_core.plain_text import csv_of, visible
+from oms_core.plain_text import Record, csv_of, visible
 from oms_core.run import Run, plan, scores
 from oms_core.training.recipes import RECIPES
 from oms_core.writing import write_file
@@ -51,14 +51,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         super().error(visible(message))
-
-
-class Record(logging.LogRecord):
-    """A warning that holds nothing but text: on one line if it is ours."""
-
-    def getMessage(self) -> str:
-        text = super().getMessage()
-        return visible(text) if self.name.startswith("oms_core") else "\n".join(map(visible, text.split("\n")))
 
 
 def run_command(arguments: Sequence[str] | None = None) -> int:

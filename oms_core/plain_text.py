@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import unicodedata
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +20,18 @@ def visible(text: str) -> str:
     return "".join("\N{REPLACEMENT CHARACTER}" if unicodedata.category(c).startswith(UNSHOWN) else c for c in text)
 
 
+class Record(logging.LogRecord):
+    """A warning that holds nothing but text: on one line if it is ours."""
+
+    def getMessage(self) -> str:
+        text = super().getMessage()
+        return visible(text) if self.name.startswith("oms_core") else "\n".join(map(visible, text.split("\n")))
+
+
 def csv_of(table: pd.DataFrame) -> str:
     """A table as CSV; texts that a spreadsheet would take for formulas begin with an apostrophe."""
-    return table.rename(columns=harmless).map(harmless).to_csv(index=False)
+    texts = table.select_dtypes(["object", "string"])
+    return table.assign(**texts.map(harmless)).rename(columns=harmless).to_csv(index=False)
 
 
 def harmless(cell: Any) -> Any:
