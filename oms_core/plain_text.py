@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 UNSHOWN = ("C", "Zl", "Zp")  # Unicode categories: control and direction characters, ends of lines
-FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how a cell begins that a spreadsheet would run
+FORMULA = ("=", "+", "-", "@")  # how a cell begins that a spreadsheet would run
 
 
 def visible(text: str) -> str:
@@ -29,11 +29,12 @@ class Record(logging.LogRecord):
 
 
 def csv_of(table: pd.DataFrame) -> str:
-    """A table as CSV; texts that a spreadsheet would take for formulas begin with an apostrophe."""
+    """A table as CSV, a row on each line; texts that a spreadsheet would take for formulas begin with an apostrophe."""
     texts = table.select_dtypes(["object", "string"])
     return table.assign(**texts.map(harmless)).rename(columns=harmless).to_csv(index=False)
 
 
 def harmless(cell: Any) -> Any:
-    """A cell that no spreadsheet runs."""
-    return f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA) else cell
+    """A cell that no spreadsheet runs, and that ends no row."""
+    text = visible(cell) if isinstance(cell, str) else ""
+    return f"'{text}" if text.startswith(FORMULA) else text or cell
