@@ -7,15 +7,28 @@ A model or an image set that is not built in is named by a `Location`: Run(Locat
 """
 
 import os
+from importlib import import_module
+from typing import Any
 
 os.environ.setdefault("DIFFUSERS_DISABLE_REMOTE_CODE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
-from oms_core.attacks import ATTACKS
-from oms_core.compute import score
-from oms_core.errors import InputError
-from oms_core.images import open_images
-from oms_core.location import Location
-from oms_core.run import Run, lookup, plan, scores
+HOMES = {
+    "ATTACKS": "attacks",
+    "InputError": "errors",
+    "Location": "location",
+    "Run": "run",
+    "lookup": "run",
+    "open_images": "images",
+    "plan": "run",
+    "score": "compute",
+    "scores": "run",
+}
+__all__ = [*HOMES]
 
-__all__ = ["ATTACKS", "InputError", "Location", "Run", "lookup", "open_images", "plan", "score", "scores"]
+
+def __getattr__(name: str) -> Any:
+    """What the package offers, imported when it is first asked for: the command line answers Ctrl-C before that."""
+    if name not in HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{HOMES[name]}"), name)

@@ -7,6 +7,7 @@ and `role` (member, nonmember or auxiliary). The split is class-balanced and see
 
 import gzip
 import io
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image
 
 from oms_core.cards import write_card
 from oms_core.errors import InputError
+from oms_core.writing import replace_file, unwritable
 
 SPLIT_SEED = 0
 DIGITS_ROLES = {"member": 600, "nonmember": 1000, "auxiliary": 197}
@@ -23,6 +25,7 @@ FASHION_CLASSES = (
     "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
 )  # fmt: skip
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+MOST = 2**26  # bytes; Fashion-MNIST's training file has 47 million
 NEAR_DUPLICATE = 0.06  # root mean square difference of pixels in [0, 1]; 0.2 % of Fashion-MNIST lies below
 
 
@@ -44,10 +47,14 @@ def fashion(source: Path) -> pd.DataFrame:
         source: folder with the original ``train-images-idx3-ubyte.gz`` and ``train-labels-idx1-ubyte.gz``.
 
     Raises:
-        InputError: a file is missing.
+        InputError: a file is missing or damaged.
     """
-    pixels = idx(source / "train-images-idx3-ubyte.gz", header=16).reshape(-1, 28, 28)
-    labels = idx(source / "train-labels-idx1-ubyte.gz", header=8)
+    pixels = idx(source / "train-images-idx3-ubyte.gz", 16, 28 * 28).reshape(-1, 28, 28)
+    labels = idx(source / "train-labels-idx1-ubyte.gz", 8, 1).ravel()
+    if len(labels) != len(pixels):
+        raise InputError(
+            f"{source} holds {len(pixels):,} pictures and {len(labels):,} labels; copy the originals again."
+        )
     shortlist, _ = split(labels, {"candidate": 4000}, rejected=np.zeros(len(labels), bool))
     rejected = np.ones(len(labels), bool)
     rejected[shortlist[~near_duplicate(pixels[shortlist])]] = False
@@ -56,12 +63,12 @@ def fashion(source: Path) -> pd.DataFrame:
     return table(pixels[rows], labels[rows], captions, roles)
 
 
-def idx(path: Path, header: int) -> np.ndarray:
-    """The bytes of an IDX file behind its header, (bytes,) uint8."""
+def idx(path: Path, header: int, length: int) -> np.ndarray:
+    """The bytes of an IDX file behind its header, (rows, length) uint8; at most `MOST` are unpacked."""
     try:
         with gzip.open(path) as file:
-            return np.frombuffer(file.read(), np.uint8, offset=header)
-    except OSError as error:
+            return np.frombuffer(file.read(MOST), np.uint8, offset=header).reshape(-1, length)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise InputError(
             f"{path} cannot be read; install Debian's package dataset-fashion-mnist or name the folder with --source."
         ) from error
@@ -103,11 +110,17 @@ def png(pixels: np.ndarray) -> bytes:
 
 
 def assemble(source: Path, to: Path) -> list[Path]:
-    """Write both built-in sets into the folder `to` and return the files."""
-    to.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for name, rows in (("digits", digits()), ("fashion", fashion(source))):
-        paths.append(to / f"{name}.parquet")
-        rows.to_parquet(paths[-1], compression="zstd", index=False, write_page_checksum=True)
-    write_card(to, {"name": "built-in image sets", "split_seed": SPLIT_SEED})
-    return paths
+    """Write both built-in sets into the folder `to` and return the files.
+
+    Raises:
+        InputError: an original is missing, or the folder cannot be written.
+    """
+    made = {to / "digits.parquet": digits(), to / "fashion.parquet": fashion(source)}
+    try:
+        to.mkdir(parents=True, exist_ok=True)
+        for path, rows in made.items():
+            replace_file(path, rows.to_parquet(compression="zstd", index=False, write_page_checksum=True))
+        write_card(to, {"name": "built-in image sets", "split_seed": SPLIT_SEED})
+    except OSError as error:
+        raise unwritable(to, error.strerror, "--to") from error
+    return [*made]

@@ -3,6 +3,8 @@
 An entry is a folder ``<key>/<variant>``: the key says what was asked (model, pictures, settings), the variant
 how it was computed (device, precision, batch size, number of steps). It holds one parquet file per shard, each
 written whole or not at all, and, once every shard is there, ``manifest.json`` with their SHA-256.
+
+A folder that cannot be read or written, whatever the reason, is one warning; everything works without it.
 """
 
 import contextlib
@@ -25,11 +27,13 @@ import pyarrow.parquet as pq
 
 from oms_core.device import MODES
 from oms_core.files import ASSETS
+from oms_core.writing import beside, flush, flush_names, replace_file
 
 log = logging.getLogger(__name__)
 SHIPPED = ASSETS / "signals"
 FORMAT = "v1"
-STALE = 3600.0  # seconds
+STALE = QUIET = 3600.0  # seconds
+TOLD: dict[Path, float] = {}  # when it was last said of a place that it cannot be used
 
 
 def home() -> Path:
@@ -78,10 +82,7 @@ def variants(key: str) -> Iterator[tuple[Variant, Path]]:
     """Every finished result of a key, the one with the fewest steps first."""
     for root in roots():
         folder = root / key[:2] / key
-        try:
-            found = [variant for name in os.listdir(folder) if (variant := Variant.parse(name))]
-        except OSError:
-            continue  # nothing is kept, or it cannot be read
+        found = [variant for name in names_in(folder) if (variant := Variant.parse(name))]
         for variant in sorted(found, key=lambda variant: (variant.steps, str(variant))):
             if os.path.isfile(folder / str(variant) / "manifest.json"):
                 yield variant, folder / str(variant)
@@ -89,11 +90,33 @@ def variants(key: str) -> Iterator[tuple[Variant, Path]]:
 
 def begun(key: str, like: Variant) -> int:
     """The batch size of a result that was begun here like this one, so that it can be gone on with; 0 if none was."""
-    for path in sorted((home() / FORMAT / key[:2] / key).glob("*")):
-        variant = Variant.parse(path.name)
-        if variant and replace(like, batch=variant.batch) == variant and next(path.glob("part-*"), None):
+    folder = home() / FORMAT / key[:2] / key
+    for name in names_in(folder):
+        variant = Variant.parse(name)
+        alike = variant and replace(like, batch=variant.batch) == variant
+        if alike and any(part.startswith("part-") for part in names_in(folder / name)):
             return variant.batch
     return 0
+
+
+def names_in(folder: Path) -> list[str]:
+    """What a folder of the cache holds, sorted; nothing if it is not there or cannot be listed."""
+    try:
+        return sorted(os.listdir(folder))
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        unusable(folder, error)
+    return []
+
+
+def unusable(path: Path, error: Exception) -> None:
+    """Say that a cache cannot be read or written, but not again and again; work goes on without it."""
+    place = SHIPPED if SHIPPED in path.parents else home()
+    if time.monotonic() - TOLD.get(place, -QUIET) >= QUIET:
+        TOLD[place] = time.monotonic()
+        why = getattr(error, "strerror", None) or error
+        log.warning("Results are not kept: %s cannot be read or written (%s).", place, why)
 
 
 @dataclass(frozen=True)
@@ -129,7 +152,7 @@ class Entry:
             commit(part(self.folder, shard), rows, self.key, shard)
             return True
         except (OSError, pa.ArrowException) as error:
-            log.warning("Results are not kept: %s cannot be written (%s).", self.folder, error)
+            unusable(self.folder, error)
             return False
 
     def finish(self, content: dict[str, Any]) -> None:
@@ -144,8 +167,9 @@ class Entry:
 
 def sweep(folder: Path) -> None:
     """Remove what killed processes left half-written; whoever still writes here is younger."""
-    for path in folder.glob(".part-*"):
-        if time.time() - path.stat().st_mtime > STALE:
+    for name in names_in(folder):
+        path = folder / name
+        if name.startswith(".") and name.endswith(".partial") and time.time() - path.stat().st_mtime > STALE:
             path.unlink(missing_ok=True)
 
 
@@ -161,7 +185,7 @@ def read_finished(folder: Path, key: str) -> pd.DataFrame | None:
     try:
         return _read_finished(folder, key, state)
     except OSError as error:  # which may pass, so it is not remembered and nothing is set aside
-        log.warning("%s cannot be read now (%s).", folder, error)
+        unusable(folder, error)
         return None
 
 
@@ -205,6 +229,11 @@ def counted(content: dict[str, Any], count: Callable[[], pd.DataFrame]) -> pd.Da
     return rows
 
 
+def is_counted(content: dict[str, Any]) -> bool:
+    """Whether figures are kept under a content."""
+    return next(variants(key_of(content)), None) is not None
+
+
 def forget(content: dict[str, Any]) -> None:
     """Drop what `counted` keeps of a content on this machine."""
     shutil.rmtree(Entry(key_of(content), COUNTED, 1).folder, ignore_errors=True)
@@ -217,7 +246,7 @@ def part(folder: Path, shard: int) -> Path:
 def commit(path: Path, rows: pd.DataFrame, key: str, shard: int) -> None:
     table = pa.Table.from_pandas(rows, preserve_index=False)
     table = table.replace_schema_metadata({"key": key, "shard": str(shard), "rows": digest_of_rows(rows)})
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    partial = beside(path)
     try:
         pq.write_table(table, partial, **encoding(table))
         pq.read_table(partial, page_checksum_verification=True)
@@ -226,8 +255,9 @@ def commit(path: Path, rows: pd.DataFrame, key: str, shard: int) -> None:
     except FileExistsError:
         pass  # a twin was faster, with the same rows
     finally:
-        partial.unlink(missing_ok=True)
-    flush(path.parent)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+    flush_names(path.parent)
 
 
 def encoding(table: pa.Table) -> dict[str, Any]:
@@ -248,7 +278,7 @@ def read_part(path: Path, key: str, shard: int, verified: bool = False) -> pd.Da
     if not os.path.exists(path):
         return None
     try:
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise ValueError("it is not a file")
         table = pq.read_table(path, page_checksum_verification=not verified)
         metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
@@ -262,7 +292,7 @@ def read_part(path: Path, key: str, shard: int, verified: bool = False) -> pd.Da
         return rows
     except Exception as error:  # damage in a footer shows in many ways, KeyError and TypeError among them
         if isinstance(error, MemoryError) or getattr(error, "errno", None):  # it cannot be read now, and may be whole
-            log.warning("%s cannot be read (%s).", path, error)
+            unusable(path, error)
         else:
             set_aside(path, error)
         return None
@@ -293,7 +323,7 @@ def add_notes(key: str, rows: pd.DataFrame) -> None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         commit(folder / f"notes-{digest_of_rows(rows)[:32]}.parquet", rows, key, 0)
     except (OSError, pa.ArrowException) as error:
-        log.warning("Captions are not kept: %s cannot be written (%s).", folder, error)
+        unusable(folder, error)
 
 
 def read_notes(key: str, seen: set[Path]) -> Iterator[pd.DataFrame]:
@@ -303,34 +333,13 @@ def read_notes(key: str, seen: set[Path]) -> Iterator[pd.DataFrame]:
         key: as they were kept under.
         seen: the files that were read before, to which those that are read now are added.
     """
-    for path in (path for root in roots() for path in sorted((root / key[:2] / key).glob("notes-*"))):
-        if path not in seen:
+    folders = [root / key[:2] / key for root in roots()]
+    for path in (folder / name for folder in folders for name in names_in(folder)):
+        if path.name.startswith("notes-") and path not in seen:
             rows = read_part(path, key, 0)
             if rows is not None:
                 seen.add(path)
                 yield rows
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a file so that a reader sees the old one or the new one."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        partial.write_bytes(data)
-        flush(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on disk; Windows flushes no folders."""
-    if os.name == "nt" and path.is_dir():
-        return
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows flushes what may be written
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def intact(path: Path, digest: str) -> bool:

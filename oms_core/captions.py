@@ -91,7 +91,7 @@ def key(captioner: Captioner) -> str:
 
 def written(captioner: Captioner, images: ImageSet) -> pd.Series:
     """The captions that are known, by picture; fewer than there are pictures where some were never captioned."""
-    known = said(cache.home().resolve(), key(captioner))
+    known = said(Path(os.path.realpath(cache.home())), key(captioner))
     found = [image for image in images.table.image if image in known]
     return pd.Series([known[image] for image in found], pd.Index(found, dtype=str), dtype=str)
 

@@ -10,6 +10,7 @@ from typing import Any
 from oms_core.cache import read_finished
 from oms_core.errors import InputError
 from oms_core.files import ASSETS, read_json
+from oms_core.writing import replace_file
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -19,8 +20,12 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def write_card(folder: Path, content: dict[str, Any]) -> None:
-    """Write ``card.json``: the content, and the digest of each file below the folder."""
-    (folder / "card.json").write_text(json.dumps(content | {"files": digests(folder)}, indent=1) + "\n")
+    """Write ``card.json``: the content, and the digest of each file below the folder.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    replace_file(folder / "card.json", (json.dumps(content | {"files": digests(folder)}, indent=1) + "\n").encode())
 
 
 def check(assets: Path = ASSETS) -> list[dict[str, str]]:

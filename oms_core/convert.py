@@ -9,14 +9,15 @@ Three layouts are read, told apart by their tensors:
   `cond_stage_model`. It becomes a `StableDiffusionPipeline`, with the configs and the tokenizer of another one.
 
 A file is safetensors or opened with ``weights_only=True``: tensors and plain containers come out of it, code never
-runs.
+runs. A network is the tensors of the file and nothing else, so it takes as much memory as the file has bytes: what is
+packed, or seen larger than it is stored, is refused before.
 """
 
 from __future__ import annotations
 
+import os
 import re
-import shutil
-import tempfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +48,23 @@ from oms_core.errors import InputError
 from oms_core.families.base import load_tokenizer, reason, scheduler_of
 from oms_core.families.uvit import UVit
 from oms_core.files import read_json
-from oms_core.folders import check_depth, check_parts, check_settings, kind_of, profile_of, schedule_of
+from oms_core.folders import (
+    MAX_TIMESTEPS,
+    check_depth,
+    check_parts,
+    check_settings,
+    kind_of,
+    profile_of,
+    schedule_of,
+)
+from oms_core.layouts import archive_of
+from oms_core.writing import unwritable, whole_folder
 
 State = dict[str, Tensor]
 LINEAR = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
 HEAD_WIDTH = 64  # of every public U-ViT
+MAX_BLOCKS = 200  # of a network; the largest public U-ViT has 29
+SHARED = 2  # times the bytes of a file that its tensors may have in all, as some are kept under two names
 RESNET = {
     "block1.0": "norm1",
     "block1.2": "conv1",
@@ -74,17 +87,23 @@ def convert(file: Path, to: Path, config: Path | None = None) -> str:
 
     Raises:
         InputError: the file cannot be read, holds more than tensors, is of no known layout, or does not fit `config`;
-            or `to` exists.
+            or `to` exists or cannot be written.
     """
-    if to.exists():
+    if os.path.lexists(to):
         raise InputError(f"{to} exists already; name a folder that does not.")
-    words, network, made = converted(read(file), file, config)
+    content = read(file)
+    try:
+        words, network, made = converted(content, file, config)
+    except InputError:
+        raise
+    except Exception as error:  # tensors that are not as they should be fail in many ways
+        raise InputError(f"{file} cannot be made a diffusers folder: {reason(error)}") from error
     transformers.utils.logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory(dir=to.parent if to.parent.is_dir() else None) as work:
-        folder = Path(work) / "model"
-        made.save_pretrained(folder)
-        to.parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(folder, to)
+    try:
+        with whole_folder(to) as folder:
+            made.save_pretrained(folder)
+    except Exception as error:  # each of the libraries that write has its own
+        raise unwritable(to, reason(error), "--to") from error
     size = np.ravel(network.config.sample_size) * getattr(made, "vae_scale_factor", 1)
     return f"{words}, {network.num_parameters():,} parameters, {' x '.join(map(str, size))} pixels"
 
@@ -112,12 +131,15 @@ def read(file: Path) -> dict[str, Any]:
     Raises:
         InputError: it is missing, damaged, or holds anything but tensors in plain containers.
     """
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise InputError(f"There is no file {file}; name a checkpoint.")
     try:
+        refuse_packed(file)
         if file.suffix.lower() == ".safetensors":
             return load_file(file)
         content = torch.load(file, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
     except Exception as error:  # unpickling fails in many ways
         if "weights_only" in str(error) or "Unsupported" in str(error):
             raise InputError(
@@ -129,6 +151,53 @@ def read(file: Path) -> dict[str, Any]:
     return content
 
 
+def refuse_packed(file: Path) -> None:
+    """Refuse an archive that holds more than its own bytes; torch.save packs nothing.
+
+    Raises:
+        InputError: it does.
+    """
+    with file.open("rb") as opened:
+        if opened.read(4) != b"PK\x03\x04":
+            return
+    entries = archive_of(file).infolist()
+    stored = all(one.compress_type == zipfile.ZIP_STORED and one.file_size == one.compress_size for one in entries)
+    if not stored or sum(one.file_size for one in entries) > file.stat().st_size:
+        raise InputError(f"{file} is packed, and unpacks to more than it is; load it in torch and save it again.")
+
+
+def check_tensors(state: dict[Any, Any], file: Path, layout: str) -> None:
+    """Refuse, before anything is built, what is no dict of plain tensors that the file holds.
+
+    Raises:
+        InputError: naming the first that is none.
+    """
+    for key, value in state.items():
+        if not isinstance(key, str) or not is_stored(value):
+            raise InputError(f"{file} is not laid out as {layout}: {str(key)[:80]!r} is no tensor that it holds.")
+    if sum(value.nbytes for value in state.values()) > SHARED * file.stat().st_size:
+        raise InputError(f"{file} is not laid out as {layout}: its tensors are larger than the file.")
+
+
+def is_stored(value: Any) -> bool:
+    """Whether a value is a tensor with memory of its own for each of its numbers, and has any."""
+    if type(value) not in (Tensor, torch.nn.Parameter) or value.layout != torch.strided or value.is_meta:
+        return False
+    return not (value.is_complex() or value.is_quantized) and 0 < value.nbytes <= value.untyped_storage().nbytes()
+
+
+def alone(state: State) -> State:
+    """The tensors, each with memory that nothing else uses, as they can be saved."""
+    seen: set[int] = set()
+    found = {}
+    for key, value in state.items():
+        memory = value.untyped_storage()
+        whole = value.is_contiguous() and memory.nbytes() == value.nbytes and memory.data_ptr() not in seen
+        seen.add(memory.data_ptr())
+        found[key] = value if whole else value.clone(memory_format=torch.contiguous_format)
+    return found
+
+
 def averaged(content: dict[str, Any]) -> State:
     """The averaged weights, or the plain ones where there are no others, without DataParallel's prefix."""
     states = [content[name] for name in ("ema_model", "net_model") if isinstance(content.get(name), dict)]
@@ -136,13 +205,13 @@ def averaged(content: dict[str, Any]) -> State:
 
 
 def filled(network: ModelMixin | PreTrainedModel, state: State, file: Path, layout: str = "its layout") -> Any:
-    """A network with exactly these weights; one that has no memory of its own (meta) takes the tensors themselves.
+    """A network that has no memory of its own yet (meta), with exactly these tensors as its weights.
 
     Raises:
         InputError: a tensor is missing, left over, of another shape, or not finite.
     """
     try:
-        network.load_state_dict(state, strict=True, assign=network.device.type == "meta")
+        network.load_state_dict(alone(state), strict=True, assign=True)
     except RuntimeError as error:
         raise InputError(f"The tensors of {file} do not fit {layout}: {reason(error)}") from error
     for key, value in state.items():
@@ -158,10 +227,16 @@ def uvit(state: State, file: Path) -> UVit:
         _, channels, patch, _ = state["patch_embed.proj.weight"].shape
     except (KeyError, ValueError, AttributeError) as error:
         raise InputError(f"{file} looks like a U-ViT, but lacks its patch embedding.") from error
+    check_tensors(state, file, "a U-ViT")
     depth = 2 * len({key.split(".")[1] for key in state if key.startswith("in_blocks.")})
+    if depth > MAX_BLOCKS:
+        raise InputError(
+            f"{file} is not laid out as a U-ViT: it has {depth} blocks, at most {MAX_BLOCKS} are supported."
+        )
     side = round((tokens - 1) ** 0.5) * patch
-    network = UVit(side, channels, patch, width, depth, max(1, width // HEAD_WIDTH))
-    return filled(network, state, file)
+    with torch.device("meta"):
+        network = UVit(side, channels, patch, width, depth, max(1, width // HEAD_WIDTH))
+    return filled(network, state, file).float()
 
 
 def research_ddpm(state: State, noise: Tensor | None, file: Path) -> DDPMPipeline:
@@ -174,41 +249,47 @@ def research_ddpm(state: State, noise: Tensor | None, file: Path) -> DDPMPipelin
     """
     if not isinstance(noise, Tensor):
         raise InputError(f"{file} lacks x_T, which tells the size of its pictures.")
+    check_tensors(state | {"x_T": noise}, file, "a pytorch-ddpm checkpoint")
     try:
         levels = levels_of(state)
         network, tensors = research_unet(state, levels, noise.shape[-1]), renamed(state, levels)
         steps = len(state["time_embedding.timembedding.0.weight"])
+        if steps > MAX_TIMESTEPS:
+            raise ValueError(f"it has {steps} timesteps, at most {MAX_TIMESTEPS} are supported")
     except KeyError as error:
         raise InputError(f"{file} lacks {error} of a pytorch-ddpm checkpoint.") from error
     except (AttributeError, IndexError, TypeError, ValueError) as error:
         raise InputError(f"{file} is not laid out as a pytorch-ddpm checkpoint: {reason(error)}") from error
-    return DDPMPipeline(filled(network, tensors, file), DDPMScheduler(num_train_timesteps=steps, **LINEAR))
+    return DDPMPipeline(filled(network, tensors, file).float(), DDPMScheduler(num_train_timesteps=steps, **LINEAR))
 
 
 def research_unet(state: State, levels: list[list[int]], size: int) -> UNet2DModel:
-    """A `UNet2DModel` of the sizes that are read off the tensors, its weights still to be filled in."""
+    """A `UNet2DModel` of the sizes that are read off the tensors, which takes no memory yet."""
     width, channels = state["head.weight"].shape[:2]
     attended = [f"downblocks.{level[0]}.attn.proj_q.weight" in state for level in levels]
-    return UNet2DModel(
-        sample_size=size,
-        in_channels=channels,
-        out_channels=state["tail.2.weight"].shape[0],
-        block_out_channels=[state[f"downblocks.{level[0]}.block1.2.weight"].shape[0] for level in levels],
-        layers_per_block=len(levels[0]),
-        down_block_types=["AttnDownBlock2D" if attn else "DownBlock2D" for attn in attended],
-        up_block_types=["AttnUpBlock2D" if attn else "UpBlock2D" for attn in reversed(attended)],
-        attention_head_dim=None,
-        flip_sin_to_cos=False,
-        freq_shift=0,
-        downsample_padding=1,
-        norm_eps=1e-5,
-        norm_num_groups=min(32, width),
-    )
+    with torch.device("meta"):
+        return UNet2DModel(
+            sample_size=size,
+            in_channels=channels,
+            out_channels=state["tail.2.weight"].shape[0],
+            block_out_channels=[state[f"downblocks.{level[0]}.block1.2.weight"].shape[0] for level in levels],
+            layers_per_block=len(levels[0]),
+            down_block_types=["AttnDownBlock2D" if attn else "DownBlock2D" for attn in attended],
+            up_block_types=["AttnUpBlock2D" if attn else "UpBlock2D" for attn in reversed(attended)],
+            attention_head_dim=None,
+            flip_sin_to_cos=False,
+            freq_shift=0,
+            downsample_padding=1,
+            norm_eps=1e-5,
+            norm_num_groups=min(32, width),
+        )
 
 
 def levels_of(state: State) -> list[list[int]]:
     """The numbers of the residual blocks at each resolution, on the way down."""
     count = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("downblocks."))
+    if count > MAX_BLOCKS:
+        raise ValueError(f"it has {count} blocks, at most {MAX_BLOCKS} are supported")
     levels: list[list[int]] = [[]]
     for number in range(count):
         if f"downblocks.{number}.main.weight" in state:
@@ -282,6 +363,7 @@ def stable_diffusion(state: State, file: Path, config: Path | None) -> StableDif
             f"{file} is a Stable Diffusion in one file, which has no configs and no tokenizer; name a diffusers folder "
             "of the same kind of model with --config (its weights are not needed)."
         )
+    check_tensors(state, file, "a Stable Diffusion in one file")
     parts, schedule = settings(config, len(state))
     unet, vae, text = networks(state, file, parts, config)
     return StableDiffusionPipeline(

@@ -11,6 +11,8 @@ import plotly.graph_objects as go
 
 from oms_core.errors import InputError
 from oms_core.figures import Chart
+from oms_core.plain_text import csv_of
+from oms_core.writing import write_file
 
 STYLE = """body { font: 16px/1.5 system-ui, sans-serif; max-width: 80rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; font-size: 14px; display: block; overflow-x: auto; }
@@ -28,13 +30,8 @@ def write_figure(chart: Chart, title: str, out: Path) -> None:
     Raises:
         InputError: the place cannot be written, or a picture is asked for where no Chrome is found.
     """
-    try:
-        if out.suffix == ".html":
-            out.write_text(page(chart, title), encoding="utf-8")
-        else:
-            out.write_bytes(picture(chart, title, out.suffix.removeprefix(".")))
-    except OSError as error:
-        raise InputError(f"{out} cannot be written ({error.strerror}); choose another place with --out.") from error
+    kind = out.suffix.removeprefix(".")
+    write_file(out, page(chart, title).encode(errors="replace") if kind == "html" else picture(chart, title, kind))
 
 
 def page(chart: Chart, title: str) -> str:
@@ -66,7 +63,6 @@ FINDINGS = """<!doctype html>
 picture was trained on: it says how rare its score is among pictures that were not.</p>
 <ul>{says}</ul>{figure}{table}</body></html>
 """
-FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how a cell begins that a spreadsheet would run
 
 
 def findings_page(found: dict[str, Any], chart: Chart) -> str:
@@ -91,10 +87,8 @@ def findings_page(found: dict[str, Any], chart: Chart) -> str:
 
 
 def findings_csv(found: dict[str, Any]) -> str:
-    """The pictures of a verdict as CSV; names that a spreadsheet would take for formulas begin with an apostrophe."""
-    table = findings_table(found)
-    names = [f"'{name}" if name.startswith(FORMULA) else name for name in table.file]
-    return table.assign(file=names).to_csv(index=False)
+    """The pictures of a verdict as CSV."""
+    return csv_of(findings_table(found))
 
 
 def findings_table(found: dict[str, Any]) -> pd.DataFrame:

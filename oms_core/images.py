@@ -27,6 +27,8 @@ from oms_core.survey import Look, look_through, sha256
 BUILT_IN = ("digits", "fashion")
 REMEMBERED = 4  # opened sets
 SURVEY = 2  # raised when the decoder takes or refuses other pictures
+SPLIT = ("mia_train_idxs", "mia_eval_idxs")  # the arrays of a split
+MOST_INDICES = 2**24  # bytes of an array of a split, and more for large sets
 TICK = 2 * 10**9  # ns, the coarsest clock of a file system (FAT); two changes within a tick may have one stamp
 
 
@@ -106,21 +108,41 @@ def open_images(name: str) -> ImageSet:
     split, at, rest = name.partition(".npz@")
     places = [f"{split}.npz", rest] if at else [name]
     state = tuple(one for place in places for one in stamps(place))
-    if places[-1].startswith("hub:") or is_fresh(state):
+    if places[-1].startswith("hub:") or (is_fresh(state) and not cache.is_counted(content_of(name, state))):
         return opened(name)
     return remembered(name, state)
 
 
 def is_fresh(state: tuple[Stamp, ...]) -> bool:
-    """Whether a file is so new that another change might not show; when it was written could be set to any time."""
-    return max(one.changed for one in state) > time.time_ns() - TICK
+    """Whether a file is so new that another change might not show; when it was written could be set to any time.
+
+    Stamps from the future, of a clock that was set back or that is another machine's, do not say how new a file is. It
+    is then as old as it has been seen to be.
+    """
+    newest, now = max(one.changed for one in state), time.time_ns()
+    return abs(now - first_seen(state)) < TICK if newest > now else newest > now - TICK
+
+
+@lru_cache(REMEMBERED)
+def first_seen(state: tuple[Stamp, ...]) -> int:
+    """When files were first seen to have this state, here or by another process, in ns."""
+    content = {"files": digest_of_stamps(state), "first": "seen"}
+    return int(cache.counted(content, lambda: pd.DataFrame({"ns": [time.time_ns()]})).ns[0])
+
+
+def digest_of_stamps(state: tuple[Stamp, ...]) -> str:
+    return hashlib.sha256("\n".join(map(str, state)).encode()).hexdigest()
+
+
+def content_of(name: str, state: tuple[Stamp, ...]) -> dict[str, Any]:
+    """Under which is kept what was seen of a set."""
+    return {"decoder": [SURVEY, PIL.__version__], "set": name, "files": digest_of_stamps(state)}
 
 
 @lru_cache(REMEMBERED)
 def remembered(name: str, state: tuple[Stamp, ...]) -> ImageSet:
     """A set as it was opened while its files had this state, here or by another process."""
-    stamped = hashlib.sha256("\n".join(map(str, state)).encode()).hexdigest()
-    return opened(name, {"decoder": [SURVEY, PIL.__version__], "set": name, "files": stamped})
+    return opened(name, content_of(name, state))
 
 
 def opened(name: str, content: dict[str, Any] | None = None) -> ImageSet:
@@ -307,22 +329,35 @@ def with_split(split: Path, found: Rows, name: str) -> Rows:
     Raises:
         InputError: the file is damaged, lacks an array, or its indices do not fit the set.
     """
-    try:
-        with np.load(io.BytesIO(layouts.read_regular(split))) as arrays:
-            members, others = (arrays[key].ravel() for key in ("mia_train_idxs", "mia_eval_idxs"))
-    except Exception as error:  # NumPy raises many kinds for what is no such file
-        raise InputError(f"{split} holds no mia_train_idxs and mia_eval_idxs that can be read.") from error
-    if not all(np.issubdtype(part.dtype, np.integer) for part in (members, others)):
-        raise InputError(f"{split} holds indices that are not whole numbers; save them as integers.")
-    indices = [*members.tolist(), *others.tolist()]
     size = len(found.listed)
-    if any(not 0 <= index < size for index in indices):
+    try:
+        archive = Zip(io.BytesIO(layouts.read_regular(split)))
+        parts = [indices_in(archive.read(f"{name}.npy", MOST_INDICES + 16 * size)) for name in SPLIT]
+    except Exception as error:  # NumPy raises many kinds for what is no such file
+        raise InputError(f"{split} holds no {' and '.join(SPLIT)} that can be read.") from error
+    if not all(np.issubdtype(part.dtype, np.integer) for part in parts):
+        raise InputError(f"{split} holds indices that are not whole numbers; save them as integers.")
+    if any(len(part) and not 0 <= part.min() <= part.max() < size for part in parts):
         raise InputError(f"{split} names pictures outside {name}, which has {size}; are they of one data set?")
-    if len({*indices}) != len(indices):
+    members, others = (part.astype(np.int64) for part in parts)
+    if np.bincount(np.concatenate([members, others])).max(initial=0) > 1:
         raise InputError(f"{split} names a picture twice; members and non-members must be disjoint.")
     role = np.full(size, "", object)
     role[members], role[others] = "member", "nonmember"
     return found._replace(listed=[one._replace(role=part) for one, part in zip(found.listed, role, strict=True)])
+
+
+def indices_in(data: bytes) -> np.ndarray:
+    """The numbers in the bytes of an ``.npy`` file, in one row; a header that promises more is not believed.
+
+    Raises:
+        ValueError: it is no such file.
+    """
+    file = io.BytesIO(data)
+    headers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    shape, _, dtype = headers[np.lib.format.read_magic(file)](file)
+    numbers = np.frombuffer(data, dtype, offset=file.tell())
+    return numbers.reshape(shape).ravel()
 
 
 def joined(name: str) -> ImageSet:

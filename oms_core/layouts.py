@@ -15,6 +15,7 @@ the picture, as img2dataset writes them for LAION.
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import os
@@ -27,8 +28,6 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-import pandas as pd
-
 from oms_core.decode import MAX_BYTES
 from oms_core.errors import InputError
 
@@ -37,9 +36,13 @@ ROLES = ("member", "nonmember", "auxiliary")
 TRUE_WORDS, FALSE_WORDS = ("1", "true", "yes", "member"), ("0", "false", "no", "nonmember", "non-member")
 IGNORED = ("Thumbs.db", "desktop.ini")
 BESIDE = (".txt", ".json", ".csv", ".npz", ".parquet", ".tsv", ".md")  # what may lie beside pictures
-MAX_WORDS = 512 * 2**20  # bytes of a file of captions
+MAX_WORDS, MAX_VALUES = 128 * 2**20, 10**7  # bytes and values of a file of captions; COCO's largest has 92 MB
+MAX_CAPTION = 2**16  # bytes of a caption in a file of its own
+MAX_PICTURES = 2_000_000  # of a set
 MAX_ENTRIES, MAX_RATIO = 20_000, 200  # of a zip
+MAX_DIRECTORY = 16 * 2**20  # bytes of the list of a zip's entries, which takes many times as much in memory
 BOUNDED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # others are unpacked as a whole, whatever size is claimed
+KNOWN_COLUMNS = ("file_name", "member", "label", "text")  # of metadata.csv
 LFW = re.compile(r"(?:.*/)?([^/]+)/\1_\d{4}\.(?:jpe?g|png)", re.IGNORECASE)
 
 
@@ -99,6 +102,30 @@ class Folder:
         return str(self.path)
 
 
+class Careful(io.BufferedReader):
+    """A zip on disk. The list of its entries is read at once, so a long one is noticed before it is taken apart."""
+
+    careful = True
+
+    def read(self, size: int | None = -1) -> bytes:
+        if self.careful and (size or 0) > MAX_DIRECTORY:
+            raise InputError("the list of its entries is too long")
+        return super().read(size)
+
+
+def archive_of(path: Path) -> zipfile.ZipFile:
+    """A zip on disk, with its list of entries, which must be bounded.
+
+    Raises:
+        InputError: the list is too long.
+        OSError, zipfile.BadZipFile: it cannot be read.
+    """
+    source = Careful(io.FileIO(path))
+    archive = zipfile.ZipFile(source)
+    source.careful = False
+    return archive
+
+
 @dataclass(eq=False)
 class Zip:
     """The files in a zip archive, on disk or in memory; nothing is ever unpacked to disk."""
@@ -108,7 +135,7 @@ class Zip:
     @cached_property
     def archive(self) -> zipfile.ZipFile:
         try:
-            archive = zipfile.ZipFile(self.source)
+            archive = archive_of(self.source) if isinstance(self.source, Path) else zipfile.ZipFile(self.source)
         except Exception as error:  # damage in the directory shows in many ways
             raise InputError(f"{self} is no complete zip archive; pack it again.") from error
         if len(archive.infolist()) > MAX_ENTRIES:
@@ -116,16 +143,23 @@ class Zip:
         return archive
 
     @cached_property
+    def entries(self) -> dict[str, zipfile.ZipInfo]:
+        """Its entries by name; the second of a name is called name (2)."""
+        names: dict[str, int] = {}
+        return {numbered(entry.filename, names): entry for entry in self.archive.infolist()}
+
+    @cached_property
     def files(self) -> list[str]:
         """The names of its entries, sorted."""
-        names = [name for name in self.archive.namelist() if not name.endswith("/")]
+        names = [name for name, entry in self.entries.items() if not entry.is_dir()]
         return sorted(name for name in names if not hidden(name) and not name.startswith("__MACOSX/"))
 
     def read(self, file: str, most: int = MAX_BYTES) -> bytes:
-        if file not in self.archive.NameToInfo:
+        if file not in self.entries:
             raise InputError("it is not in the archive")
-        entry = self.archive.getinfo(file)
-        if entry.filename.startswith("/") or ".." in PurePosixPath(file).parts or "\\" in file or ":" in file:
+        entry = self.entries[file]
+        name = entry.filename
+        if name.startswith("/") or ".." in PurePosixPath(name).parts or "\\" in name or ":" in name:
             raise InputError("its name points out of the archive")
         if stat.S_ISLNK(entry.external_attr >> 16):
             raise InputError("it is a link")
@@ -134,7 +168,7 @@ class Zip:
         if entry.compress_type not in BOUNDED:
             raise InputError("it is packed in an unusual way; pack it again")
         if entry.file_size > most:
-            raise InputError(f"the file is larger than {most >> 20} MB")
+            raise InputError(f"the file is larger than {size_of(most)}")
         if entry.file_size > MAX_RATIO * max(1, entry.compress_size):
             raise InputError(f"it unpacks to more than {MAX_RATIO} times its size")
         try:
@@ -150,12 +184,41 @@ class Zip:
 Tree = Folder | Zip
 
 
+def numbered(name: str, names: dict[str, int]) -> str:
+    """A name that was not there before: the second of a name is called name (2).
+
+    Args:
+        name: a name.
+        names: those that were there, each with how often; this one is added.
+    """
+    free = name
+    while free in names:
+        names[name] += 1
+        free = f"{name} ({names[name]})"
+    names[free] = 1
+    return free
+
+
+def refuse_doubles(archive: Zip) -> None:
+    """Refuse a zip in which a name stands twice, as what is said of it could mean either.
+
+    Raises:
+        InputError: naming the first.
+    """
+    for name in archive.files:
+        entry = archive.entries[name]
+        if name != entry.filename:
+            raise InputError(f"{archive} holds two entries called {entry.filename!r}; pack it again with one of each.")
+
+
 def listed(tree: Tree) -> Iterable[Listed]:
     """Every picture of a tree, by the first layout that fits.
 
     Raises:
-        InputError: what describes the pictures is damaged or unclear.
+        InputError: what describes the pictures is damaged or unclear, or a name stands twice in a zip.
     """
+    if isinstance(tree, Zip):
+        refuse_doubles(tree)
     if "metadata.csv" in tree.files:
         return in_metadata(tree)
     words = captions_in(tree)
@@ -192,20 +255,40 @@ def in_metadata(tree: Tree) -> Iterable[Listed]:
     Raises:
         InputError: a column is missing, a value of `member` is unclear, or a path leaves the folder.
     """
+    where = f"metadata.csv in {tree}"
+    for count, row in enumerate(metadata_rows(tree)):
+        if count == 0:
+            for column in ("file_name", "member"):
+                if column not in row:
+                    raise InputError(f"{where} has no column {column!r}; it needs file_name and member.")
+        file = row["file_name"]
+        if os.path.isabs(file) or ".." in Path(file).parts:
+            raise InputError(f"{where} names {file!r}, which lies outside the folder.")
+        if count == MAX_PICTURES:
+            raise InputError(f"{where} names more than {MAX_PICTURES:,} pictures; use a part of them.")
+        yield Listed(file, role_of(row["member"], where), row.get("label", ""), row.get("text", ""))
+
+
+def metadata_rows(tree: Tree) -> Iterable[dict[str, str]]:
+    """The rows of ``metadata.csv`` by column, read one by one; what a short row lacks is empty.
+
+    Raises:
+        InputError: it cannot be read as CSV.
+    """
     try:
-        rows = pd.read_csv(io.BytesIO(tree.read("metadata.csv")), dtype=str, keep_default_na=False)
-    except (ValueError, InputError) as error:
+        text = io.TextIOWrapper(io.BytesIO(tree.read("metadata.csv")), "utf-8-sig", newline="")
+        rows = filter(None, csv.reader(text, strict=True))
+        columns = next(rows, None)
+        if not columns:
+            raise ValueError("it is empty")
+        for row in rows:
+            if len(row) > len(columns):
+                raise ValueError(f"a row has {len(row)} cells, the first has {len(columns)}")
+            cells = row + [""] * (len(columns) - len(row))
+            yield {name: cells[columns.index(name)] for name in KNOWN_COLUMNS if name in columns}
+    except (ValueError, csv.Error, InputError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"metadata.csv in {tree} cannot be read as CSV: {reason}.") from error
-    for column in ("file_name", "member"):
-        if column not in rows:
-            raise InputError(f"metadata.csv in {tree} has no column {column!r}; it needs file_name and member.")
-    blank = pd.Series("", index=rows.index)
-    columns = (rows.file_name, rows.member, rows.get("label", blank), rows.get("text", blank))
-    for file, member, label, caption in zip(*columns, strict=True):
-        if os.path.isabs(file) or ".." in Path(file).parts:
-            raise InputError(f"metadata.csv in {tree} names {file!r}, which lies outside the folder.")
-        yield Listed(file, role_of(member, f"metadata.csv in {tree}"), label, caption)
 
 
 def role_of(word: str, where: str) -> str:
@@ -250,7 +333,7 @@ def text_in(tree: Tree, file: str) -> str:
         InputError: it cannot be read.
     """
     try:
-        return tree.read(file).decode(errors="replace").strip()
+        return tree.read(file, MAX_CAPTION).decode(errors="replace").strip()
     except InputError as error:
         raise InputError(f"{file} in {tree} holds no caption that can be read: {error}.") from error
 
@@ -265,7 +348,10 @@ def captions_of(tree: Tree, file: str) -> dict[str, str]:
         InputError: it is damaged, or none of them.
     """
     try:
-        content = json.loads(tree.read(file, MAX_WORDS))
+        words = tree.read(file, MAX_WORDS)
+        if sum(map(words.count, (b",", b"[", b"{"))) > MAX_VALUES:  # each takes tens of bytes in memory
+            raise ValueError("it holds too many values")
+        content = json.loads(words)
         pairs = [*caption_pairs(content)]
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, InputError) as error:
         raise InputError(f"{file} in {tree} holds no captions that can be read; restore the original file.") from error
@@ -341,5 +427,10 @@ def read_regular(path: Path, most: int = MAX_BYTES) -> bytes:
     except (OSError, ValueError) as error:
         raise InputError("the file cannot be opened") from error
     if len(data) > most:
-        raise InputError(f"the file is larger than {most >> 20} MB")
+        raise InputError(f"the file is larger than {size_of(most)}")
     return data
+
+
+def size_of(count: int) -> str:
+    """So many bytes in words."""
+    return f"{count >> 20} MB" if count >= 2**20 else f"{count >> 10} kB"

@@ -19,6 +19,7 @@ from oms_core.errors import InputError
 from oms_core.export import STYLE
 from oms_core.people import beside_the_paper
 from oms_core.run import Run
+from oms_core.writing import unwritable, write_file
 
 LIBRARIES = ("torch", "diffusers", "transformers", "numpy", "pandas", "scikit-learn", "plotly", "streamlit")
 PAGE = """<!doctype html>
@@ -43,12 +44,12 @@ def write_report(folder: Path, run: Run, tick: Tick | None = None) -> Path:
         InputError: the place cannot be written; or see `oms_core.exhibits`.
     """
     body = "\n".join(sections(run, tick))
-    path = folder / "report.html"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(PAGE.format(style=STYLE, body=body), encoding="utf-8")
     except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}); choose another folder with --out.") from error
+        raise unwritable(folder, error.strerror, "--out") from error
+    path = folder / "report.html"
+    write_file(path, PAGE.format(style=STYLE, body=body).encode(errors="replace"))
     return path
 
 

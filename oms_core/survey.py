@@ -1,6 +1,7 @@
 """Looking at every picture of a set once, in processes of their own: on all cores, and a picture that crashes a
 decoder ends a process that nothing else depends on."""
 
+import atexit
 import hashlib
 import signal
 import threading
@@ -84,6 +85,7 @@ def chunks(read: Callable[[int], bytes], count: int, together: int) -> Iterator[
 
 
 pools: dict[int, Executor] = {}  # by number of processes, each for all threads
+atexit.register(pools.clear)  # while the modules that they need are still whole
 guard = threading.Lock()
 
 

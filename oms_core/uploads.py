@@ -5,13 +5,13 @@ from __future__ import annotations
 import io
 import math
 import time
-import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 
 from oms_core.decode import MAX_BYTES
 from oms_core.errors import InputError
 from oms_core.images import ImageSet, collected
-from oms_core.layouts import BESIDE, Listed, Rows, Zip
+from oms_core.layouts import BESIDE, Listed, Rows, Zip, numbered
+from oms_core.plain_text import visible
 from oms_core.survey import look_through
 
 MOST = 200  # pictures
@@ -21,7 +21,6 @@ LOOKING = 2  # processes that look at what visitors send, for all of them togeth
 LONGEST_NAME = 64
 MAX_DIRECTORY = 4 * 2**20  # bytes of the list of a zip's entries, which takes many times as much in memory
 ZIP_BEGINS = (b"PK\x03\x04", b"PK\x05\x06")
-UNSHOWN = ("C", "Zl", "Zp")  # Unicode categories: control and direction characters, ends of lines
 NAME = "your upload"
 
 Read = Callable[[], bytes]
@@ -55,7 +54,7 @@ def received(files: Sequence[tuple[str, bytes]]) -> ImageSet:
 def looked_through(files: Sequence[tuple[str, bytes]]) -> tuple[list[Listed], list[Read], list[tuple[str, str]]]:
     """What may be pictures, how each is read, and file and reason of what was turned away; none is decoded yet."""
     listed, sources, refused = [], [], []
-    names: set[str] = set()
+    names: dict[str, int] = {}
     sent = unpacked = 0
     for name, data in files:
         sent += len(data)
@@ -93,7 +92,7 @@ def pictures_in(name: str, data: bytes) -> Iterator[tuple[str, int, Read]]:
         raise InputError("the zip holds no pictures")
     source.careful = False
     for file in files:
-        size = archive.archive.getinfo(file).file_size
+        size = archive.entries[file].file_size
         yield file, size if size <= MAX_BYTES else 0, lambda file=file: archive.read(file)  # a larger one is refused
 
 
@@ -110,16 +109,5 @@ class Careful(io.BytesIO):
 
 def shown(name: str) -> str:
     """A name as it can be shown: on one line, without control or direction characters, and not endless."""
-    begin = name[:LONGEST_NAME] or "unnamed"
-    text = "".join("\N{REPLACEMENT CHARACTER}" if unicodedata.category(c).startswith(UNSHOWN) else c for c in begin)
+    text = visible(name[:LONGEST_NAME] or "unnamed")
     return text if len(name) <= LONGEST_NAME else text[:-1] + "…"
-
-
-def numbered(name: str, names: set[str]) -> str:
-    """A name that was not there before: the second of a name is called name (2)."""
-    free, count = name, 1
-    while free in names:
-        count += 1
-        free = f"{name} ({count})"
-    names.add(free)
-    return free

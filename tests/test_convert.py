@@ -413,7 +413,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(json, "dumps", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(InputError, match=r"cannot be written .*No space left"):
         convert(file, tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
 

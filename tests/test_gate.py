@@ -330,7 +330,7 @@ def test_a_plain_string_is_no_model_and_no_image_set_of_a_page(place: str) -> No
 
 def test_an_engine_opens_no_plain_string(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="There is no built-in model"):
-        catalog.describe(str(tmp_path))
+        catalog.describe(Location(tmp_path))
 
 
 # Who may do what
@@ -343,7 +343,7 @@ def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
             yield ast.unparse(node.func), node
 
 
-MAKERS = {"pages/common/gate.py", "oms_core/__main__.py", "oms_core/location.py", "oms_core/bench/cluster.py",
+MAKERS = {"pages/common/gate.py", "oms_core/command_line.py", "oms_core/location.py", "oms_core/bench/cluster.py",
           "oms_core/bench/kills.py"}  # fmt: skip
 
 

@@ -5,7 +5,11 @@ augmentation, as research models that memorise are trained: AdamW without decay,
 clipped gradients, exponential moving average. What is special to a kind of model is its `Subject`.
 """
 
+import errno
+import hashlib
+import io
 import json
+import logging
 import os
 import platform
 import time
@@ -20,18 +24,22 @@ import numpy as np
 import torch
 import transformers
 from diffusers.training_utils import EMAModel
-from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from tqdm import tqdm
 
-from oms_core.cards import write_card
+from oms_core.assemble import png
+from oms_core.cards import digests, write_card
 from oms_core.errors import InputError
 from oms_core.files import ASSETS
 from oms_core.images import ImageSet, open_images
 from oms_core.training.recipes import RECIPES, Recipe
+from oms_core.writing import replace_file, unwritable, whole_folder
 
+log = logging.getLogger(__name__)
 WORK = Path(".training")
+SEAL = hashlib.sha256().digest_size  # bytes before a checkpoint: the digest of what follows
 SHIPPED = {"captioner": ASSETS / "captioners", "autoencoder": WORK}  # everything else is a model
 
 
@@ -72,16 +80,32 @@ def snapshot_folder(folder: Path, epoch: int) -> Path:
     return folder / f"epoch-{epoch:04d}"
 
 
+def sealed(content: bytes) -> bytes:
+    """A content behind its SHA-256."""
+    return hashlib.sha256(content).digest() + content
+
+
+def opened(path: Path) -> bytes | None:
+    """The content of a sealed file; None if it is missing, cannot be read, or is not what was written."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return None
+    content = data[SEAL:]
+    return content if sealed(content) == data else None
+
+
 class Training:
     """One training that can stop after any epoch and go on as if it had not.
 
     Args:
         name: a key of `RECIPES`.
-        work: folder for the checkpoint; it may be deleted when the training is finished.
+        work: folder for the checkpoint and the one before it; it may be deleted when the training is finished.
     """
 
     def __init__(self, name: str, work: Path = WORK) -> None:
         self.name, self.recipe, self.checkpoint = name, RECIPES[name], work / f"{name}.pt"
+        self.previous = work / f"{name}.previous.pt"
         self.images = open_images(self.recipe.images).with_role(self.recipe.role)
         part = self.part(work) if self.recipe.part else None
         torch.manual_seed(self.recipe.seed)
@@ -93,6 +117,7 @@ class Training:
         self.random = torch.Generator().manual_seed(self.recipe.seed)
         self.losses: list[float] = []  # the mean of each epoch
         self.seconds = 0.0
+        self.snapshots: dict[str, dict[str, str]] = {}  # the digests of their files, by epoch
 
     def part(self, work: Path) -> Path:
         """The folder of the part that this training needs, trained now unless it is there."""
@@ -113,27 +138,57 @@ class Training:
             to: where the model's folder is made; by default where models of its kind are shipped.
 
         Raises:
-            InputError: see `resume`; or a snapshot that the training has passed is not in the folder.
+            InputError: see `resume`; or a snapshot that the training has passed is not in the folder as it was
+                written; or something cannot be written.
         """
         folder = (to or SHIPPED.get(self.recipe.family, ASSETS / "models")) / self.name
         self.resume()
+        self.check_snapshots(folder)
+        try:
+            self.finish(folder)
+        except OSError as error:
+            raise unwritable(folder, error.strerror, "--to") from error
+        return folder
+
+    def check_snapshots(self, folder: Path) -> None:
+        """Refuse to go on where a snapshot of an earlier epoch is missing or has changed."""
         for epoch in self.recipe.snapshots:
-            if epoch <= len(self.losses) and not snapshot_folder(folder, epoch).is_dir():
+            kept = snapshot_folder(folder, epoch)
+            if epoch > len(self.losses):
+                continue
+            if not kept.is_dir():
                 raise InputError(
-                    f"{snapshot_folder(folder, epoch)} is missing and the training is past that epoch; take it off the "
-                    f"recipe's snapshots, or delete {self.checkpoint} to train from the start."
+                    f"{kept} is missing and the training is past that epoch; take it off the recipe's snapshots, or "
+                    f"delete {self.checkpoint} to train from the start."
                 )
+            if digests(kept) != self.snapshots.get(str(epoch)):
+                raise InputError(f"{kept} is damaged; restore it, or delete {self.checkpoint} to train from the start.")
+
+    def finish(self, folder: Path) -> None:
+        """Train from where the training is to the end."""
         remaining = range(len(self.losses), self.recipe.epochs)
         for epoch in tqdm(remaining, self.name, initial=len(self.losses), total=self.recipe.epochs, unit="epoch"):
             started = time.monotonic()
             self.losses.append(self.epoch())
             self.seconds += time.monotonic() - started
             if epoch + 1 in self.recipe.snapshots:
-                self.subject.save(self.averaged().half(), snapshot_folder(folder, epoch + 1))
+                self.keep_snapshot(snapshot_folder(folder, epoch + 1), epoch + 1)
             if (epoch + 1) % 10 == 0 or epoch + 1 == self.recipe.epochs:
                 self.save()
         self.write_card(folder)
-        return folder
+
+    def keep_snapshot(self, folder: Path, epoch: int) -> None:
+        """Write the averaged weights, and remember what was written.
+
+        Raises:
+            OSError: they cannot be written.
+        """
+        try:
+            with whole_folder(folder) as made:
+                self.subject.save(self.averaged().half(), made)
+                self.snapshots[str(epoch)] = digests(made)
+        except SafetensorError as error:
+            raise OSError(errno.EIO, str(error)) from error
 
     def epoch(self) -> float:
         """One pass over the pictures in a fresh order; the mean loss."""
@@ -156,29 +211,54 @@ class Training:
         return {"module": self.subject.module, "optimizer": self.optimizer, "rate": self.rate, "ema": self.ema}
 
     def save(self) -> None:
-        """Write the checkpoint in one step, so that a kill leaves the old one or the new one."""
-        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        state = {key: part.state_dict() for key, part in self.stateful().items()}
-        state |= {"random": self.random.get_state(), "losses": self.losses, "seconds": self.seconds}
-        partial = self.checkpoint.with_suffix(".partial")
-        torch.save(state | {"recipe": json.dumps(identity(asdict(self.recipe)))}, partial)
-        os.replace(partial, self.checkpoint)
-
-    def resume(self) -> None:
-        """Go on from the checkpoint if there is one.
+        """Write the checkpoint in one step, so that a kill leaves the old one or the new one; the old one is kept.
 
         Raises:
-            InputError: the checkpoint belongs to another recipe.
+            InputError: it cannot be written.
         """
-        if not self.checkpoint.exists():
+        state = {key: part.state_dict() for key, part in self.stateful().items()}
+        state |= {"random": self.random.get_state(), "losses": self.losses, "seconds": self.seconds}
+        state |= {"snapshots": self.snapshots, "recipe": json.dumps(identity(asdict(self.recipe)))}
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        try:
+            self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+            if before := opened(self.checkpoint):
+                replace_file(self.previous, sealed(before))
+            replace_file(self.checkpoint, sealed(buffer.getvalue()))
+        except OSError as error:
+            raise InputError(
+                f"{self.checkpoint} cannot be written ({error.strerror}); free space, then run the same command again."
+            ) from error
+
+    def resume(self) -> None:
+        """Go on from the checkpoint if there is one; from the one before it, with a warning, if that is damaged.
+
+        Raises:
+            InputError: the checkpoint belongs to another recipe, or both are damaged.
+        """
+        if not os.path.lexists(self.checkpoint):
             return
-        state = torch.load(self.checkpoint, weights_only=True)
+        data = opened(self.checkpoint) or self.content_before()
+        state = torch.load(io.BytesIO(data), weights_only=True)
         if identity(json.loads(state["recipe"])) != json.loads(json.dumps(identity(asdict(self.recipe)))):
             raise InputError(f"{self.checkpoint} was made with another recipe; delete it to train from the start.")
         for key, part in self.stateful().items():
             part.load_state_dict(state[key])
         self.random.set_state(state["random"])
-        self.losses, self.seconds = state["losses"], state["seconds"]
+        self.losses, self.seconds, self.snapshots = state["losses"], state["seconds"], state["snapshots"]
+
+    def content_before(self) -> bytes:
+        """What the checkpoint before the damaged one holds.
+
+        Raises:
+            InputError: it is missing or damaged as well.
+        """
+        data = opened(self.previous)
+        if data is None:
+            raise InputError(f"{self.checkpoint} is damaged; delete it to train from the start.")
+        log.warning("%s is damaged; the training goes on from the checkpoint before it.", self.checkpoint)
+        return data
 
     def averaged(self) -> nn.Module:
         """A copy of the network with the averaged weights."""
@@ -190,7 +270,7 @@ class Training:
         """``samples.png`` and ``card.json``: data, recipe, loss curve, versions and the digest of each file."""
         module = self.averaged().half().float()  # as it is shipped
         group = "members" if self.recipe.role == "member" else self.recipe.role
-        Image.fromarray(self.subject.samples(module)).save(folder / "samples.png")
+        replace_file(folder / "samples.png", png(self.subject.samples(module)))
         card = {
             "name": self.name,
             "family": self.recipe.family,
