@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from oms_core.device import Placement
 
 LEAST_COST, MOST_COST = 2e10, 3e14  # floating-point operations of one pass that are always, and never, accepted
-COST_OF_PARAMETER = 1e6  # in between: more than any network at the largest size of its kind
+COST_OF_PARAMETER = 4e5  # in between: more than any network at the largest size of its kind
 SPARE = 2**24  # numbers that a network may make for itself
 FULL = 0.9  # of a text encoder's words its tokenizer has at least
 PREDICTS = ("epsilon", "sample", "v_prediction")  # what makes sense where alpha^2 + sigma^2 = 1
