@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+from PIL import Image
 
 from oms_core import cache, catalog, schemas
 from oms_core.decode import decode
@@ -37,8 +38,6 @@ from oms_core.folders import check_depth
 from oms_core.images import ImageSet
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from oms_core.device import Placement
 
 SHIPPED = ASSETS / "captioners"
@@ -213,9 +212,10 @@ def loaded(captioner: Captioner, placement: Placement) -> Callable[[list[Image.I
     longest = min(LONGEST, model.config.text_config.max_position_embeddings - 2)
 
     @torch.inference_mode()
-    def caption(pictures: list[Image.Image]) -> list[str]:
+    def caption(pictures: list[Image.Image], length: int = longest) -> list[str]:
         pixels = processor([picture.convert("RGB") for picture in pictures], return_tensors="pt").pixel_values
-        tokens = model.generate(pixel_values=pixels.to(device, dtype), max_new_tokens=longest)
+        tokens = model.generate(pixel_values=pixels.to(device, dtype), max_new_tokens=length)
         return [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
+    caption([Image.new("L", (8, 8))], 1)  # whatever does not fit together shows here
     return caption

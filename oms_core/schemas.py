@@ -21,7 +21,7 @@ MAX_VALUES, MAX_DEPTH = 50_000, 8  # of one config, and how deep they lie
 MAX_KEY, MAX_TEXT = 200, 10_000  # letters
 MAX_TIMESTEPS = 10_000
 MAX_TOKENS = 512  # of a caption: then a text encoder computes little for each of its parameters
-MAX_PATCHES = 2**16  # of a picture
+MAX_PATCHES = 2**15  # of a picture
 MAX_BLOCKS = 16
 LEAST_TENSORS = 4  # a layer of any network has more
 
@@ -395,6 +395,23 @@ def check(config: dict[str, Any], schema: Schema, path: Path, shapes: Shapes | N
         missing = key not in config or (config[key] is None and key not in NOT_NULL)
         if not missing and not rule.fits(config[key], sides):
             raise InputError(f"{path} has {key} {shown(config[key])}; {rule.what} is needed.")
+    check_divisions(config, path)
+
+
+def check_divisions(config: dict[str, Any], path: Path) -> None:
+    """Refuse a width that its heads do not divide, and a picture that is cut into more patches than any model takes.
+
+    Raises:
+        InputError: naming the keys.
+    """
+    for width, heads in (("width", "heads"), ("hidden_size", "num_attention_heads")):
+        if is_whole(config.get(width)) and is_whole(config.get(heads)) and config[width] % config[heads]:
+            raise InputError(f"{path} has {width} {config[width]}, which its {heads} {config[heads]} do not divide.")
+    size, patch = largest(config.get("sample_size")), config.get("patch_size")
+    if is_whole(patch) and (size // patch) ** 2 > MAX_PATCHES:
+        raise InputError(
+            f"{path} has sample_size {size} and patch_size {patch}, which are more patches than are known."
+        )
 
 
 def check_bounds(config: dict[str, Any], path: Path) -> None:
