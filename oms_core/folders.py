@@ -137,13 +137,14 @@ def read_folder(folder: Path) -> Folder:
     index = read_index(folder)
     network = folder / next((name for name in ("unet", "transformer") if name in index), "" if not index else "unet")
     path = network / "config.json"
-    config = read_json(path, folder)
+    data = read_bytes(path, folder)
+    config = parse(data, path)
     kind = kind_of(config, path)
     folders = check_parts(index, kind, folder)
     check_settings(config, kind, path)
     refuse_code(folder)
     schedule, classes = schedule_of(folder, network, kind), classes_of(index)
-    parts = {"network": network_part(network, folder, schemas.NETWORKS[kind])}
+    parts = {"network": network_part(network, folder, data, schemas.NETWORKS[kind])}
     for name, its in folders.items():
         parts[name] = part_of(name, its, folder, index[name][1])
     parameters = sum(part.numbers for part in parts.values())
@@ -169,17 +170,22 @@ def part_of(name: str, folder: Path, home: Path, kind: str) -> Part:
     if "tokenizer" in name:
         return tokenizer_part(folder, home, kind)
     schema = schemas.AUTOENCODER if name == "vae" else schemas.TEXT[kind]
-    return network_part(folder, home, schema)
+    return network_part(folder, home, read_bytes(folder / "config.json", home), schema)
 
 
-def network_part(folder: Path, home: Path, schema: schemas.Schema) -> Part:
+def network_part(folder: Path, home: Path, data: bytes, schema: schemas.Schema) -> Part:
     """A network: its config and its weights.
+
+    Args:
+        folder: where they lie.
+        home: the model's folder, which a link must not leave.
+        data: its config.json.
+        schema: of its class.
 
     Raises:
         InputError: see `schemas.check` and `oms_core.files.shapes_of`; or it has more layers than its weights.
     """
     path = folder / "config.json"
-    data = read_bytes(path, home)
     config, shapes = parse(data, path), shapes_of(folder, home)
     numbers = sum(math.prod(shape) for shape in shapes.values())
     if numbers > MAX_PARAMETERS:
@@ -202,10 +208,11 @@ def tokenizer_part(folder: Path, home: Path, kind: str) -> Part:
     if not any({*choice} <= {*names} for choice in choices):
         needed = ", or ".join(" and ".join(choice) for choice in choices)
         raise InputError(f"{folder} holds no vocabulary, which is {needed}; restore the original files.")
-    config = read_json(folder / "tokenizer_config.json", home) if "tokenizer_config.json" in names else {}
-    schemas.check(config, schemas.TOKENIZER, folder / "tokenizer_config.json")
-    digests = {name: digest_of_file(folder / name, home, MAX_VOCABULARY_BYTES) for name in names}
-    return Part(folder, home, config, digests)
+    part = Part(folder, home, {}, {name: digest_of_file(folder / name, home, MAX_VOCABULARY_BYTES) for name in names})
+    if "tokenizer_config.json" in names:
+        path = folder / "tokenizer_config.json"
+        schemas.check(parse(part.read(path.name), path), schemas.TOKENIZER, path)
+    return part
 
 
 def kind_of(config: dict[str, Any], path: Path) -> str:

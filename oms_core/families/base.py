@@ -93,9 +93,8 @@ class PixelSpace:
         Raises:
             InputError: it does.
         """
-        x_t = torch.empty(
-            1, *(self.latent or (self.profile.channels, *self.profile.size)), dtype=self.dtype, device="meta"
-        )
+        shape = self.latent or (self.profile.channels, *self.profile.size)
+        x_t = torch.empty(1, *shape, dtype=self.dtype, device="meta")
         network, device = self.network, self.device
         self.network, self.device = hollow(network), x_t.device
         try:
@@ -172,15 +171,13 @@ def load_network(kind: type[ModelMixin], part: Part, name: str, dtype: torch.dty
         InputError: they are not; they changed since they were looked at; or the config asks for more memory than the
             weights could fill.
     """
-    try:
+    with fitting(f"The weights of {name} do"):
         check_memory(kind, part)
         state = state_of(part)
         with default_dtype(dtype), no_init_weights():
             network = kind.from_config(part.config)
         network._fix_state_dict_keys_on_load(state)  # attention had other names once
         missing, unexpected = network.load_state_dict(state, strict=False)
-    except Exception as error:  # diffusers raises many kinds for a config and weights that do not fit
-        raise unfit(error, f"The weights of {name} do") from error
     return verified(network, {"missing": missing, "unexpected": unexpected}, name)
 
 
@@ -196,7 +193,7 @@ def load_text_encoder(kind: type[PreTrainedModel], part: Part, name: str, dtype:
     """
     transformers.utils.logging.disable_progress_bar()
     settings = part.config.get(kind.config_class.base_config_key) or part.config
-    try:
+    with fitting(f"The {part.folder.name} of {name} does"):
         network, info = kind.from_pretrained(
             None,
             config=kind.config_class.from_dict(copy.deepcopy(settings)),
@@ -206,16 +203,24 @@ def load_text_encoder(kind: type[PreTrainedModel], part: Part, name: str, dtype:
             output_loading_info=True,
             **more,
         )
-    except Exception as error:
-        raise unfit(error, f"The {part.folder.name} of {name} does") from error
     return verified(network, {key.removesuffix("_keys"): found for key, found in info.items()}, name)
 
 
-def unfit(error: Exception, what: str) -> Exception:
-    """What is raised for weights that do not fit: what our own code said, a lack of memory, or else one sentence."""
-    if isinstance(error, InputError) or out_of_memory(error):
-        return error
-    return InputError(f"{what} not fit its config.json: {reason(error)}")
+@contextmanager
+def fitting(what: str) -> Iterator[None]:
+    """Say in one sentence that weights do not fit; what our own code said and a lack of memory stay what they are.
+
+    Raises:
+        InputError: in place of the many kinds that the libraries raise.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        raise InputError(f"{what} not fit its config.json: {reason(error)}") from error
 
 
 def state_of(part: Part) -> dict[str, Tensor]:
