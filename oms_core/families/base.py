@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -94,6 +95,8 @@ class PixelSpace:
             InputError: it does.
         """
         shape = self.latent or (self.profile.channels, *self.profile.size)
+        if is_cheap(self.network, math.prod(shape[1:]) + tokens_of(condition)):
+            return
         x_t = torch.empty(1, *shape, dtype=self.dtype, device="meta")
         network, device = self.network, self.device
         self.network, self.device = hollow(network), x_t.device
@@ -128,9 +131,10 @@ class LatentSpace(PixelSpace):
 
     def count(self, name: str, condition: Any) -> None:
         """The same, the autoencoder first."""
-        picture = torch.empty(1, self.profile.channels, *self.profile.size, dtype=self.dtype, device="meta")
-        vae = hollow(self.vae)
-        refuse_costly(name, self.vae, lambda: vae.encode(picture))
+        if not is_cheap(self.vae, math.prod(self.profile.size)):
+            picture = torch.empty(1, self.profile.channels, *self.profile.size, dtype=self.dtype, device="meta")
+            vae = hollow(self.vae)
+            refuse_costly(name, self.vae, lambda: vae.encode(picture))
         super().count(name, condition)
 
     def encode(self, pixels: np.ndarray) -> Tensor:
@@ -333,6 +337,20 @@ def on_meta(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(on_meta(one) for one in value)
     return value.to("meta") if isinstance(value, torch.Tensor) else value
+
+
+def tokens_of(condition: Any) -> int:
+    """How many tokens a network takes besides a picture's."""
+    found = condition if isinstance(condition, tuple) else (condition,)
+    return sum(one.shape[1] for one in found if isinstance(one, torch.Tensor) and one.dim() > 1)
+
+
+def is_cheap(network: nn.Module, positions: int) -> bool:
+    """Whether a pass costs little even if each weight met every position, and each attention every pair of them."""
+    size = sum(weight.numel() for weight in network.parameters())
+    inner = [module for module in network.modules() if "Attention" in type(module).__name__]
+    attention = sum(weight.numel() for module in inner for weight in module.parameters())
+    return 2 * size * positions + attention * positions**2 <= LEAST_COST
 
 
 def refuse_costly(name: str, network: nn.Module, forward: Callable[[], object]) -> None:
