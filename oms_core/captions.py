@@ -24,9 +24,11 @@ from oms_core.files import (
     ASSETS,
     MAX_VOCABULARY_BYTES,
     Part,
+    Shapes,
     digest_of,
     digest_of_file,
     in_a_sentence,
+    numbers_of,
     parse,
     read_json,
     refuse_code,
@@ -93,13 +95,19 @@ def in_folder(folder: Path, name: str) -> Captioner:
     for file in ("config.json", "preprocessor_config.json"):
         read_json(folder / file, folder)
     digests = {file: digest_of_file(folder / file, folder, MAX_VOCABULARY_BYTES) for file in names}
-    config = configured(Part(folder, folder, {}, digests))
+    shapes = shapes_of(folder, folder)
+    config = configured(Part(folder, folder, {}, digests), shapes)
     digests |= {file: digest_of_file(folder / file, folder) for file in weight_files(folder, folder)}
-    return Captioner(name, folder, digest_of([*digests.values()]), Part(folder, folder, config, digests))
+    part = Part(folder, folder, config, digests, numbers_of(shapes))
+    return Captioner(name, folder, digest_of([*digests.values()]), part)
 
 
-def configured(part: Part) -> dict[str, Any]:
+def configured(part: Part, shapes: Shapes) -> dict[str, Any]:
     """The config of a `BlipForConditionalGeneration`, after all that its folder says was checked.
+
+    Args:
+        part: the folder.
+        shapes: of its tensors.
 
     Raises:
         InputError: it is another network's, or see `schemas.check`.
@@ -110,7 +118,6 @@ def configured(part: Part) -> dict[str, Any]:
     named = isinstance(architectures, list) and "BlipForConditionalGeneration" in architectures
     if config.get("model_type") != "blip" or not named:
         raise InputError(f"{path} describes no BlipForConditionalGeneration; name a folder with one.")
-    shapes = shapes_of(part.folder, part.home)
     for name, content in said.items():
         schemas.check(content, schemas.CAPTIONER[name], part.folder / name, shapes)
     for name, schema in (("text_config", schemas.BLIP_TEXT), ("vision_config", schemas.BLIP_VISION)):

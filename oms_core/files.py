@@ -306,6 +306,11 @@ def shapes_of(folder: Path, home: Path) -> Shapes:
     return found
 
 
+def numbers_of(shapes: Shapes) -> int:
+    """How many numbers the tensors of a network hold."""
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
 def safetensors_header(path: Path, home: Path | None = None) -> dict[str, Any]:
     """The tensors that a safetensors file lists: eight bytes of length, then JSON (the format's documentation).
 

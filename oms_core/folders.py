@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from oms_core.files import (
     Part,
     digest_of,
     digest_of_file,
+    numbers_of,
     parse,
     read_bytes,
     read_json,
@@ -187,7 +187,7 @@ def network_part(folder: Path, home: Path, data: bytes, schema: schemas.Schema) 
     """
     path = folder / "config.json"
     config, shapes = parse(data, path), shapes_of(folder, home)
-    numbers = sum(math.prod(shape) for shape in shapes.values())
+    numbers = numbers_of(shapes)
     if numbers > MAX_PARAMETERS:
         raise InputError(f"{folder} holds more than {MAX_PARAMETERS // 10**9} billion parameters.")
     check_depth(config, path, len(shapes))

@@ -102,7 +102,7 @@ depth = whole(0, 4096)
 number = real(-1e6, 1e6)
 small = whole(0, 64)
 share = real(0, 1)
-absent = only(None)
+absent = Rule("null", lambda value, _: value is None)
 size = either(count, each(count, 2, 2))
 words = each(word(), MAX_BLOCKS, 1)
 token = whole(-1, MOST)
@@ -390,7 +390,7 @@ def check(config: dict[str, Any], schema: Schema, path: Path, shapes: Shapes | N
         InputError: naming the key, its value and what is needed.
     """
     check_bounds(config, path)
-    sides = {length for shape in shapes.values() for length in shape} if shapes is not None else None
+    sides = None if shapes is None else {length for shape in shapes.values() if all(shape) for length in shape}
     for key, rule in schema.items():
         missing = key not in config or (config[key] is None and key not in NOT_NULL)
         if not missing and not rule.fits(config[key], sides):

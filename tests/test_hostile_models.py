@@ -143,6 +143,11 @@ def indexed(file: str, target: str) -> Change:
     return change
 
 
+def added(file: str, tensor: torch.Tensor) -> Change:
+    """Weights with a tensor more."""
+    return lambda folder: save_file(load_file(folder / file) | {"more": tensor}, folder / file, {"format": "pt"})
+
+
 def copied(file: str, to: str) -> Change:
     return lambda folder: shutil.copy(folder / file, folder / to)
 
@@ -305,6 +310,19 @@ REFUSED: dict[str, tuple[str, Change, str]] = {
     "10^8 labels": ("sd", setting(TEXT, num_labels=10**8), "num_labels 100000000"),
     "10^6 labels": ("sd", setting(TEXT, num_labels=10**6), "num_labels 1000000; a whole"),
     "10^6 words": ("sd", setting(TEXT, vocab_size=10**6), "vocab_size 1000000; a side of one of its tensors"),
+    "10^6 words that an empty tensor stands for": (
+        "sd",
+        after(added(TEXT_WEIGHTS, torch.zeros(10**6, 0)), setting(TEXT, vocab_size=10**6)),
+        "vocab_size 1000000; a side of one of its tensors",
+    ),
+    "10^6 words, each as wide as all": (
+        "sd",
+        after(
+            added(TEXT_WEIGHTS, torch.zeros(10**6, dtype=torch.uint8)),
+            setting(TEXT, vocab_size=10**6, hidden_size=10**6),
+        ),
+        "it asks for 5,0",
+    ),
     "10^5 positions": ("sd", setting(TEXT, max_position_embeddings=10**5), "max_position_embeddings 100000"),
     "10^6 buckets": ("pixart", setting(TEXT, relative_attention_num_buckets=10**6), "relative_attention_num_buckets"),
     "a grid of 30,000": ("sd3", setting(TRANSFORMER, pos_embed_max_size=30_000), "pos_embed_max_size 30000"),

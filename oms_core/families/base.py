@@ -176,7 +176,7 @@ def load_network(kind: type[ModelMixin], part: Part, name: str, dtype: torch.dty
             weights could fill.
     """
     with fitting(f"The weights of {name} do"):
-        check_memory(kind, part)
+        check_memory(lambda: kind.from_config(part.config), part)
         state = state_of(part)
         with default_dtype(dtype), no_init_weights():
             network = kind.from_config(part.config)
@@ -198,9 +198,11 @@ def load_text_encoder(kind: type[PreTrainedModel], part: Part, name: str, dtype:
     transformers.utils.logging.disable_progress_bar()
     settings = part.config.get(kind.config_class.base_config_key) or part.config
     with fitting(f"The {part.folder.name} of {name} does"):
+        config = kind.config_class.from_dict(copy.deepcopy(settings))
+        check_memory(lambda: kind(config), part)
         network, info = kind.from_pretrained(
             None,
-            config=kind.config_class.from_dict(copy.deepcopy(settings)),
+            config=config,
             state_dict=state_of(part),
             dtype=dtype,
             local_files_only=True,
@@ -311,10 +313,18 @@ def verified(network: Any, info: dict[str, Any], name: str) -> Any:
     return network.eval().requires_grad_(False)
 
 
-def check_memory(kind: type[ModelMixin], part: Part) -> None:
-    """Refuse, before memory is taken, a config that asks for far more than the weights hold."""
+def check_memory(build: Callable[[], nn.Module], part: Part) -> None:
+    """Refuse, before memory is taken, a config that asks for far more than the weights hold.
+
+    Args:
+        build: makes the network; here of shapes alone.
+        part: its weights.
+
+    Raises:
+        ValueError: it asks for more.
+    """
     with torch.device("meta"):
-        network = kind.from_config(part.config)
+        network = build()
     asked = sum(tensor.numel() for tensor in itertools.chain(network.parameters(), network.buffers()))
     if asked > 2 * part.numbers + SPARE:
         raise ValueError(f"it asks for {asked:,} numbers, they are {part.numbers:,}")
