@@ -9,23 +9,38 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+from PIL import Image
 
-from oms_core import cache, catalog
+from oms_core import cache, catalog, schemas
 from oms_core.decode import decode
 from oms_core.errors import InputError
-from oms_core.files import ASSETS, digest_of, digest_of_file, read_json, refuse_code, weight_files, weight_sizes
+from oms_core.files import (
+    ASSETS,
+    MAX_VOCABULARY_BYTES,
+    Part,
+    Shapes,
+    digest_of,
+    digest_of_file,
+    in_a_sentence,
+    numbers_of,
+    parse,
+    read_json,
+    refuse_code,
+    shapes_of,
+    weight_files,
+    word_files,
+)
+from oms_core.folders import check_depth
 from oms_core.images import ImageSet
 from oms_core.location import require_location
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from oms_core.device import Placement
 
 SHIPPED = ASSETS / "captioners"
@@ -43,11 +58,13 @@ class Captioner:
         name: as a user calls it.
         folder: of its weights, vocabulary and configurations.
         fingerprint: SHA-256 over all of them.
+        part: what was found in the folder.
     """
 
     name: str
     folder: Path
     fingerprint: str
+    part: Part = field(compare=False)
 
 
 def built_in() -> dict[str, Path]:
@@ -56,6 +73,7 @@ def built_in() -> dict[str, Path]:
     return {name: SHIPPED / name / f"epoch-{card['recipe']['default']:04d}" for name, card in cards.items()}
 
 
+@in_a_sentence
 def describe(name: str) -> Captioner:
     """Say what a captioner is without loading it: a built-in one, a folder, or a Hugging Face owner/name.
 
@@ -74,14 +92,41 @@ def describe(name: str) -> Captioner:
 
 def in_folder(folder: Path, name: str) -> Captioner:
     """A `BlipForConditionalGeneration` folder."""
-    config = read_json(folder / "config.json")
-    if config.get("model_type") != "blip" or "BlipForConditionalGeneration" not in config.get("architectures", []):
-        raise InputError(f"{folder / 'config.json'} describes no BlipForConditionalGeneration; name a folder with one.")
-    read_json(folder / "preprocessor_config.json")
     refuse_code(folder)
-    weight_sizes(folder)
-    words = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".txt"))
-    return Captioner(name, folder, digest_of([digest_of_file(path) for path in (*words, *weight_files(folder))]))
+    names = word_files(folder, folder, (".json", ".txt"))
+    for file in ("config.json", "preprocessor_config.json"):
+        read_json(folder / file, folder)
+    digests = {file: digest_of_file(folder / file, folder, MAX_VOCABULARY_BYTES) for file in names}
+    shapes = shapes_of(folder, folder)
+    config = configured(Part(folder, folder, {}, digests), shapes)
+    digests |= {file: digest_of_file(folder / file, folder) for file in weight_files(folder, folder)}
+    part = Part(folder, folder, config, digests, numbers_of(shapes))
+    return Captioner(name, folder, digest_of([*digests.values()]), part)
+
+
+def configured(part: Part, shapes: Shapes) -> dict[str, Any]:
+    """The config of a `BlipForConditionalGeneration`, after all that its folder says was checked.
+
+    Args:
+        part: the folder.
+        shapes: of its tensors.
+
+    Raises:
+        InputError: it is another network's, or see `schemas.check`.
+    """
+    said = {name: parse(part.read(name), part.folder / name) for name in part.words if name in schemas.CAPTIONER}
+    path, config = part.folder / "config.json", said["config.json"]
+    architectures = config.get("architectures")
+    named = isinstance(architectures, list) and "BlipForConditionalGeneration" in architectures
+    if config.get("model_type") != "blip" or not named:
+        raise InputError(f"{path} describes no BlipForConditionalGeneration; name a folder with one.")
+    for name, content in said.items():
+        schemas.check(content, schemas.CAPTIONER[name], part.folder / name, shapes)
+    for name, schema in (("text_config", schemas.BLIP_TEXT), ("vision_config", schemas.BLIP_VISION)):
+        inner = config.get(name) or {}
+        check_depth(inner, path, len(shapes))
+        schemas.check(inner, schema, path, shapes)
+    return config
 
 
 def key(captioner: Captioner) -> str:
@@ -149,25 +194,37 @@ def spoken(
         yield batch, blip([decode(images.read(row))[0] for row in batch])
 
 
+def generation(part: Part) -> Any:
+    """How a captioner chooses its words, from its generation_config.json; None where there is none."""
+    from transformers import GenerationConfig
+
+    name = "generation_config.json"
+    return GenerationConfig.from_dict(parse(part.read(name), part.folder / name)) if name in part.words else None
+
+
 @lru_cache(maxsize=1)
+@in_a_sentence
 def loaded(captioner: Captioner, placement: Placement) -> Callable[[list[Image.Image]], list[str]]:
     """From pictures to their captions."""
     import torch
     from transformers import BertTokenizer, BlipForConditionalGeneration
     from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-    from oms_core.families.base import load_text_encoder, load_tokenizer
+    from oms_core.families.base import load_text_encoder, load_tokenizer, tokenizer_for
 
-    device, dtype = torch.device(placement.device), getattr(torch, placement.dtype)
-    model = load_text_encoder(BlipForConditionalGeneration, captioner.folder, captioner.name, dtype).to(device)
-    tokenizer = load_tokenizer(BertTokenizer, captioner.folder, captioner.name)
-    processor = load_tokenizer(BlipImageProcessorPil, captioner.folder, captioner.name)
+    device, dtype, part = torch.device(placement.device), getattr(torch, placement.dtype), captioner.part
+    settings = generation(part)
+    model = load_text_encoder(BlipForConditionalGeneration, part, captioner.name, dtype, generation_config=settings)
+    model.to(device)
+    tokenizer = tokenizer_for(BertTokenizer, part, model, captioner.name)
+    processor = load_tokenizer(BlipImageProcessorPil, part, captioner.name)
     longest = min(LONGEST, model.config.text_config.max_position_embeddings - 2)
 
     @torch.inference_mode()
-    def caption(pictures: list[Image.Image]) -> list[str]:
+    def caption(pictures: list[Image.Image], length: int = longest) -> list[str]:
         pixels = processor([picture.convert("RGB") for picture in pictures], return_tensors="pt").pixel_values
-        tokens = model.generate(pixel_values=pixels.to(device, dtype), max_new_tokens=longest)
+        tokens = model.generate(pixel_values=pixels.to(device, dtype), max_new_tokens=length)
         return [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
+    caption([Image.new("L", (8, 8))], 1)  # whatever does not fit together shows here
     return caption

@@ -16,7 +16,7 @@ from typing import Any
 
 from oms_core.decode import Profile, decode
 from oms_core.errors import InputError
-from oms_core.files import ASSETS, STEMS, VARIANTS, digest_of, read_json
+from oms_core.files import ASSETS, STEMS, VARIANTS, Part, digest_of, in_a_sentence, read_json
 from oms_core.folders import DEFAULT_SCHEDULE, KINDS, read_folder
 from oms_core.images import ImageSet, open_images
 from oms_core.location import part_of, require_location
@@ -43,7 +43,8 @@ class Model:
         images: the image set it comes with, if any.
         card: how it was made, if it is one of ours.
         kind: the class of its network.
-        parts: folder of each of its parts, see `oms_core.folders.Folder`.
+        parts: what was found in each of its folders, see `oms_core.folders.Folder`.
+        classes: the number of each class by each of its names, where it has classes.
         schedule: the scheduler's config.
         latent: (C, H, W) of x_0 where it is a latent, else nothing.
         captioned: whether its noise depends on a caption (or on the name of a class).
@@ -59,7 +60,8 @@ class Model:
     images: str = ""
     card: dict[str, Any] = field(default_factory=dict, compare=False)
     kind: str = ""
-    parts: dict[str, Path] = field(default_factory=dict, compare=False)
+    parts: dict[str, Part] = field(default_factory=dict, compare=False)
+    classes: dict[str, int] = field(default_factory=dict, compare=False)
     schedule: dict[str, Any] = field(default_factory=dict, compare=False)
     latent: tuple[int, ...] = ()
     captioned: bool = False
@@ -88,6 +90,7 @@ def epochs(name: str) -> list[int]:
     return built_in()[name.partition("@")[0]]["recipe"]["snapshots"]
 
 
+@in_a_sentence
 def describe(name: str) -> Model:
     """Say what a model is without loading it.
 
@@ -142,21 +145,22 @@ def native_profile(images: ImageSet) -> Profile:
 
 def in_folder(folder: Path, name: str, images: str = "", card: dict[str, Any] | None = None, commit: str = "") -> Model:
     """A model from its folder, see `oms_core.folders.read_folder`."""
-    found = read_folder(folder)
+    read = read_folder(folder)
     return Model(
         name,
-        KINDS[found.kind].family,
-        found.fingerprint,
-        found.profile,
-        found.schedule.get("num_train_timesteps", CONTINUOUS_STEPS),
-        found.parameters,
+        KINDS[read.kind].family,
+        read.fingerprint,
+        read.profile,
+        read.schedule.get("num_train_timesteps", CONTINUOUS_STEPS),
+        read.parameters,
         images,
         card or {},
-        found.kind,
-        found.parts,
-        found.schedule,
-        found.latent,
-        KINDS[found.kind].captioned,
+        read.kind,
+        read.parts,
+        read.classes,
+        read.schedule,
+        read.latent,
+        KINDS[read.kind].captioned,
         commit,
     )
 

@@ -44,12 +44,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTrainedModel
 
+from oms_core import schemas
 from oms_core.errors import InputError
-from oms_core.families.base import load_tokenizer, reason, scheduler_of
+from oms_core.families.base import scheduler_of, tokenizer_for
 from oms_core.families.uvit import UVit
-from oms_core.files import read_json
+from oms_core.files import Part, digest_of_file, read_json, reason, word_files
 from oms_core.folders import (
     MAX_TIMESTEPS,
+    VOCABULARY,
     check_depth,
     check_parts,
     check_settings,
@@ -61,6 +63,12 @@ from oms_core.layouts import archive_of
 from oms_core.writing import unwritable, whole_folder
 
 State = dict[str, Tensor]
+Configs = dict[str, dict[str, Any]]
+SCHEMAS = {
+    "unet": schemas.NETWORKS["UNet2DConditionModel"],
+    "vae": schemas.AUTOENCODER,
+    "text_encoder": schemas.TEXT["CLIPTextModel"],
+}
 LINEAR = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
 HEAD_WIDTH = 64  # of every public U-ViT
 MAX_BLOCKS = 200  # of a network; the largest public U-ViT has 29
@@ -364,13 +372,13 @@ def stable_diffusion(state: State, file: Path, config: Path | None) -> StableDif
             "of the same kind of model with --config (its weights are not needed)."
         )
     check_tensors(state, file, "a Stable Diffusion in one file")
-    parts, schedule = settings(config, len(state))
-    unet, vae, text = networks(state, file, parts, config)
+    configs, tokenizer, schedule = settings(config, len(state))
+    unet, vae, text = networks(state, file, configs, config)
     return StableDiffusionPipeline(
         unet=unet,
         vae=vae,
         text_encoder=text,
-        tokenizer=tokenizer_for(text, parts["tokenizer"], config),
+        tokenizer=tokenizer_for(CLIPTokenizer, tokenizer, text, str(config)),
         scheduler=scheduler_of(schedule),
         safety_checker=None,
         feature_extractor=None,
@@ -378,34 +386,28 @@ def stable_diffusion(state: State, file: Path, config: Path | None) -> StableDif
     )
 
 
-def networks(state: State, file: Path, parts: dict[str, Path], config: Path) -> list[Any]:
+def networks(state: State, file: Path, configs: Configs, config: Path) -> list[Any]:
     """The UNet, the autoencoder and the text encoder that the configs describe, with exactly the file's weights."""
     layout = f"the configs in {config}"
     try:
-        unet, vae, text = empty = unfilled(parts)
+        shapes = {key: tuple(value.shape) for key, value in state.items() if isinstance(value, Tensor)}
+        for name, schema in SCHEMAS.items():
+            schemas.check(configs[name], schema, config / name / "config.json", shapes)
+        unet, vae, text = empty = unfilled(configs)
         tensors = [unet_tensors(state, unet), convert_ldm_vae_checkpoint(state, vae.config), text_tensors(state, text)]
     except Exception as error:  # the libraries raise many kinds for configs and tensors that are not as they should be
         raise InputError(f"The tensors of {file} do not fit {layout}: {reason(error)}") from error
     return [filled(network, its, file, layout) for network, its in zip(empty, tensors, strict=True)]
 
 
-def tokenizer_for(text: CLIPTextModel, folder: Path, config: Path) -> CLIPTokenizer:
-    """The tokenizer, which must have a word for each that the text encoder knows.
-
-    Raises:
-        InputError: it has not; a folder without vocabulary reads as a tokenizer of two words.
-    """
-    tokenizer = load_tokenizer(CLIPTokenizer, folder, str(config))
-    if len(tokenizer) != text.config.vocab_size:
-        raise InputError(
-            f"The tokenizer in {config} has {len(tokenizer):,} words, its text encoder {text.config.vocab_size:,}; "
-            "restore the original files."
-        )
-    return tokenizer
+def words_in(folder: Path, config: Path) -> Part:
+    """The files of a tokenizer."""
+    names = word_files(folder, config, VOCABULARY)
+    return Part(folder, config, {}, {name: digest_of_file(folder / name, config) for name in names})
 
 
-def settings(config: Path, tensors: int) -> tuple[dict[str, Path], dict[str, Any]]:
-    """The parts of a diffusers folder of Stable Diffusion, with or without weights, and its scheduler's config.
+def settings(config: Path, tensors: int) -> tuple[Configs, Part, dict[str, Any]]:
+    """The configs of a diffusers folder of Stable Diffusion, with or without weights, its tokenizer and its scheduler.
 
     Raises:
         InputError: it is no such folder, or asks for more layers than there are tensors.
@@ -413,25 +415,28 @@ def settings(config: Path, tensors: int) -> tuple[dict[str, Path], dict[str, Any
     if not (config / "model_index.json").is_file():
         raise InputError(f"{config} has no model_index.json; name a diffusers folder of the same kind of model.")
     path = config / "unet" / "config.json"
-    unet = read_json(path)
+    unet = read_json(path, config)
     kind = kind_of(unet, path)
     if kind != "UNet2DConditionModel":
         raise InputError(f"{path} describes a {kind}; name a folder of Stable Diffusion.")
-    parts = {"network": path.parent} | check_parts(read_json(config / "model_index.json"), kind, config)
+    parts = check_parts(read_json(config / "model_index.json", config), kind, config)
     check_settings(unet, kind, path)
-    for name in ("network", "vae", "text_encoder"):
-        check_depth(parts[name] / "config.json", tensors)
-    profile_of(unet, parts)
-    return parts, schedule_of(config, path.parent, kind)
+    configs = {"unet": unet} | {
+        name: read_json(parts[name] / "config.json", config) for name in ("vae", "text_encoder")
+    }
+    for name, content in configs.items():
+        check_depth(content, config / name / "config.json", tensors)
+    profile_of({"network": unet, "vae": configs["vae"]}, path)
+    return configs, words_in(parts["tokenizer"], config), schedule_of(config, path.parent, kind)
 
 
-def unfilled(parts: dict[str, Path]) -> tuple[UNet2DConditionModel, AutoencoderKL, CLIPTextModel]:
+def unfilled(configs: Configs) -> tuple[UNet2DConditionModel, AutoencoderKL, CLIPTextModel]:
     """The networks that configs describe, which take no memory yet."""
     with torch.device("meta"):
         return (
-            UNet2DConditionModel.from_config(read_json(parts["network"] / "config.json")),
-            AutoencoderKL.from_config(read_json(parts["vae"] / "config.json")),
-            CLIPTextModel(CLIPTextConfig.from_pretrained(parts["text_encoder"], local_files_only=True)),
+            UNet2DConditionModel.from_config(configs["unet"]),
+            AutoencoderKL.from_config(configs["vae"]),
+            CLIPTextModel(CLIPTextConfig.from_dict(dict(configs["text_encoder"]))),
         )
 
 

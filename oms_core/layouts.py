@@ -30,8 +30,8 @@ from typing import Any, NamedTuple
 
 from oms_core.decode import MAX_BYTES
 from oms_core.errors import InputError
+from oms_core.files import read_regular, size_of
 
-READ_ONLY = os.O_RDONLY | sum(getattr(os, flag, 0) for flag in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
 ROLES = ("member", "nonmember", "auxiliary")
 TRUE_WORDS, FALSE_WORDS = ("1", "true", "yes", "member"), ("0", "false", "no", "nonmember", "non-member")
 IGNORED = ("Thumbs.db", "desktop.ini")
@@ -407,30 +407,3 @@ def hidden(file: str) -> bool:
 
 def refuse_unlisted(error: OSError) -> None:
     raise InputError(f"The folder {error.filename} cannot be listed; allow reading it.") from error
-
-
-def read_regular(path: Path, most: int = MAX_BYTES) -> bytes:
-    """The bytes of a regular file of at most so many; a pipe or a device is never waited for.
-
-    Raises:
-        InputError: it cannot be opened, is not a regular file, or is too large.
-    """
-    try:
-        handle = os.open(path, READ_ONLY)
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            os.close(handle)
-            raise InputError("not a regular file")
-        with open(handle, "rb") as file:
-            data = file.read(most + 1)
-    except InputError:
-        raise
-    except (OSError, ValueError) as error:
-        raise InputError("the file cannot be opened") from error
-    if len(data) > most:
-        raise InputError(f"the file is larger than {size_of(most)}")
-    return data
-
-
-def size_of(count: int) -> str:
-    """So many bytes in words."""
-    return f"{count >> 20} MB" if count >= 2**20 else f"{count >> 10} kB"

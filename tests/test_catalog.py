@@ -68,6 +68,16 @@ def header(tensors: object) -> Change:
     return content(WEIGHTS, struct.pack("<Q", len(text)) + text)
 
 
+def hollow(numbers: int) -> Change:
+    """Weights of so many zeros that take no room on a disk."""
+
+    def change(folder: Path) -> None:
+        header({"a": {"dtype": "U8", "shape": [numbers], "data_offsets": [0, numbers]}})(folder)
+        os.truncate(folder / WEIGHTS, (folder / WEIGHTS).stat().st_size + numbers)
+
+    return change
+
+
 def only_pickle(folder: Path) -> None:
     torch.save(load_file(folder / WEIGHTS), folder / "unet" / "diffusion_pytorch_model.bin")
     (folder / WEIGHTS).unlink()
@@ -101,7 +111,10 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "latent channels": (setting(NETWORK, in_channels=4), "has in_channels 4"),
     "10^6 channels": (setting(NETWORK, in_channels=10**6), "has in_channels 1000000"),
     "other channels out than in": (setting(NETWORK, out_channels=3), "has out_channels"),
-    "10^9 layers": (setting(NETWORK, layers_per_block=10**9), "has layers_per_block 1000000000"),
+    "10^9 layers": (
+        setting(NETWORK, layers_per_block=10**9),
+        "asks for 2,000,000,000 layers, more than its weights hold",
+    ),
     "an unknown scheduler": (setting(SCHEDULER, _class_name="MyScheduler"), "'MyScheduler'; known are DDPMScheduler"),
     "10^9 timesteps": (setting(SCHEDULER, num_train_timesteps=10**9), "has num_train_timesteps 1000000000"),
     "no timesteps": (setting(SCHEDULER, num_train_timesteps=0), "has num_train_timesteps 0"),
@@ -119,7 +132,12 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "a tensor without a shape": (header({"a": {"data_offsets": [0, 0]}}), INCOMPLETE),
     "a shape of words": (header({"a": {"shape": ["8"], "data_offsets": [0, 0]}}), INCOMPLETE),
     "a negative shape": (header({"a": {"shape": [-8], "data_offsets": [0, 0]}}), INCOMPLETE),
-    "10^12 parameters": (header({"a": {"shape": [10**12], "data_offsets": [0, 0]}}), "more than 20 billion parameters"),
+    "a tensor without its bytes": (header({"a": {"dtype": "F32", "shape": [8], "data_offsets": [0, 0]}}), INCOMPLETE),
+    "bytes that two tensors share": (
+        header({name: {"dtype": "F32", "shape": [0], "data_offsets": [0, 8]} for name in "ab"}),
+        INCOMPLETE,
+    ),
+    "30 billion parameters": (hollow(30 * 10**9), "more than 20 billion parameters"),
 }
 
 
@@ -168,8 +186,12 @@ LATENT_REFUSED: dict[str, tuple[str, Change, str]] = {
     "inpainting": ("sd", setting(NETWORK, in_channels=9), "in_channels 9, but its autoencoder's latents have 4"),
     "other latents": ("sd", setting(VAE, latent_channels=16), "in_channels 4, but its autoencoder's latents have 16"),
     "an autoencoder of depth": ("sd", setting(VAE, in_channels=4), "in_channels 4"),
-    "no list of blocks": ("sd", setting(VAE, block_out_channels=64), "has block_out_channels 64; a list is needed"),
-    "30 blocks": ("sd", setting(VAE, block_out_channels=[8] * 30), "a list is needed"),
+    "no list of blocks": (
+        "sd",
+        setting(VAE, block_out_channels=64),
+        "has block_out_channels 64; a list of 1 to 16, each a side of one of its tensors is needed",
+    ),
+    "30 blocks": ("sd", setting(VAE, block_out_channels=[8] * 30), "a list of 1 to 16"),
     "an unknown part": ("sd", setting(INDEX, controlnet=["diffusers", "ControlNetModel"]), "has controlnet"),
     "another autoencoder": ("sd", setting(INDEX, vae=["diffusers", "VQModel"]), "known are AutoencoderKL"),
     "a part from elsewhere": ("sd", setting(INDEX, vae=["mine", "AutoencoderKL"]), "has vae ['mine', 'AutoencoderKL']"),
@@ -197,14 +219,14 @@ LATENT_REFUSED: dict[str, tuple[str, Change, str]] = {
         "vae holds no safetensors weights",
     ),
     "code of the text encoder": ("sd", content("text_encoder/mine.py", b""), "mine.py is code"),
-    "10^9 layers of text": ("sd", setting(TEXT, num_hidden_layers=10**9), "has num_hidden_layers 1000000000"),
-    "10^9 layers of the autoencoder": ("sd", setting(VAE, layers_per_block=10**9), "layers_per_block 1000000000"),
+    "10^9 layers of text": ("sd", setting(TEXT, num_hidden_layers=10**9), "asks for 1,000,000,000 layers"),
+    "10^9 layers of the autoencoder": ("sd", setting(VAE, layers_per_block=10**9), "asks for 2,000,000,000 layers"),
     "10^9 transformers in a block": (
         "sd",
         setting(NETWORK, transformer_layers_per_block=[1, 10**9]),
-        "has transformer_layers_per_block [1, 1000000000]",
+        "asks for 2,000,000,000 layers",
     ),
-    "10^9 layers of a transformer": ("dit", setting(TRANSFORMER, num_layers=10**9), "has num_layers 1000000000"),
+    "10^9 layers of a transformer": ("dit", setting(TRANSFORMER, num_layers=10**9), "asks for 1,000,000,000 layers"),
     "classes that are no numbers": ("dit", setting(INDEX, id2label={"cat": "cat"}), "id2label"),
     "another transformer": ("dit", setting(TRANSFORMER, _class_name="FluxTransformer2DModel"), "'FluxTransformer2DMod"),
     "an unknown old transformer": (
@@ -213,7 +235,7 @@ LATENT_REFUSED: dict[str, tuple[str, Change, str]] = {
         "describes 'Transformer2DModel'",
     ),
     "a diffusion of SD3": ("sd3", setting(SCHEDULER, _class_name="DDIMScheduler"), "known are FlowMatchEulerDiscrete"),
-    "10^9 blocks": ("uvit", setting("config.json", depth=10**9), "has depth 1000000000"),
+    "10^9 blocks": ("uvit", setting("config.json", depth=10**9), "asks for 1,000,000,000 layers"),
     "a U-ViT of latents": ("uvit", setting("config.json", in_channels=4), "has in_channels 4"),
 }
 SAVE = {

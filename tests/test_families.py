@@ -290,7 +290,7 @@ def test_weights_in_parts_are_loaded_whole(tmp_path: Path, pipeline: Path) -> No
     for name, weight in unet.named_parameters():
         assert torch.equal(loaded.network.get_parameter(name), weight)
     sorted((folder / "unet").glob("*.safetensors"))[0].unlink()
-    with pytest.raises(InputError, match="do not fit its config"):
+    with pytest.raises(InputError, match="is one; copy all of them"):
         load(describe(Location(folder)), CPU)
 
 
@@ -721,16 +721,17 @@ REFUSED = {
     "an unknown prediction": (setting(SCHEDULER, prediction_type="banana"), "predicts 'banana'"),
     "a flow on a schedule without one": (setting(SCHEDULER, prediction_type="flow_prediction"), "'flow_prediction'"),
     "an unknown schedule": (setting(SCHEDULER, beta_schedule="banana"), "scheduler's config cannot be used: banana"),
-    "a schedule in words": (setting(SCHEDULER, beta_start="0.1"), "scheduler's config cannot be used"),
+    "a schedule in words": (setting(SCHEDULER, beta_start="0.1"), "has beta_start '0.1'; a number of -1e+06 to 1e+06"),
     "noise beyond all": (setting(SCHEDULER, beta_end=5), "no noise levels between 0 and 1"),
     "no noise at all": (setting(SCHEDULER, beta_start=0.0), "no noise levels between 0 and 1"),
     "a schedule of another length": (setting(SCHEDULER, trained_betas=[0.1, 0.2]), "no noise levels"),
-    "10^6 channels within": (setting(NETWORK, block_out_channels=[10**6, 10**6]), "it asks for 274,"),
-    "10^18 channels within": (setting(NETWORK, block_out_channels=[10**18, 10**18]), "do not fit its config.json"),
+    "10^6 channels within": (setting(NETWORK, block_out_channels=[10**6, 10**6]), "each a side of one of its tensors"),
+    "10^18 channels within": (setting(NETWORK, block_out_channels=[10**18, 10**18]), "is beyond all bounds"),
     "a size that cannot be halved": (setting(NETWORK, sample_size=9), "cannot take pictures of its own sample_size"),
     "an unknown block": (setting(NETWORK, down_block_types=["MyBlock", "MyBlock"]), "MyBlock"),
     "an unknown activation": (setting(NETWORK, act_fn="banana"), "banana"),
-    "no groups": (setting(NETWORK, norm_num_groups=0), "do not fit its config.json"),
+    "no groups": (setting(NETWORK, norm_num_groups=0), "has norm_num_groups 0"),
+    "blocks wider than the weights": (setting(NETWORK, block_out_channels=[16, 8]), "do not fit its config.json"),
     "a quantisation that runs code": (setting(NETWORK, quantization_config={"quant_method": "x"}), "quantization"),
 }
 

@@ -163,3 +163,15 @@ def save_sd3(folder: Path, third: bool = False, **schedule: Any) -> Path:
         tokenizer_3=last_tokenizer,
     ).save_pretrained(folder)
     return folder
+
+
+def save_blip(folder: Path) -> Path:
+    """A captioner of 8 x 8 pictures that was never trained."""
+    from oms_core.training import captioner
+
+    torch.manual_seed(0)
+    tokenizer = captioner.vocabulary()
+    model = captioner.network(tokenizer, size=8, patch_size=4, width=16, layers=1)
+    for part in (seeded(model), tokenizer, captioner.BlipImageProcessorPil(size={"height": 8, "width": 8})):
+        part.save_pretrained(folder)
+    return folder

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import itertools
+import json
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,20 +16,27 @@ import diffusers
 import torch
 import transformers
 from diffusers import AutoencoderKL
+from diffusers.models.modeling_utils import no_init_weights
+from safetensors.torch import load as tensors_in
+from torch.utils.flop_counter import FlopCounterMode
 
+from oms_core.device import out_of_memory
 from oms_core.errors import InputError
-from oms_core.files import variant_of, weight_sizes
+from oms_core.files import Part, reason
 
 if TYPE_CHECKING:
     import numpy as np
     from diffusers import ModelMixin
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
     from oms_core.catalog import Model
     from oms_core.device import Placement
 
-STRICT = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
+LEAST_COST, MOST_COST = 2e10, 3e14  # floating-point operations of one pass that are always, and never, accepted
+COST_OF_PARAMETER = 4e5  # in between: more than any network at the largest size of its kind
+SPARE = 2**24  # numbers that a network may make for itself
+FULL = 0.9  # of a text encoder's words its tokenizer has at least
 PREDICTS = ("epsilon", "sample", "v_prediction")  # what makes sense where alpha^2 + sigma^2 = 1
 
 
@@ -33,6 +46,7 @@ class PixelSpace:
     def __init__(self, model: Model, placement: Placement) -> None:
         self.fingerprint, self.profile, self.timesteps = model.fingerprint, model.profile, model.timesteps
         self.device, self.dtype = torch.device(placement.device), getattr(torch, placement.dtype)
+        self.latent = model.latent
         self.compiled = placement.mode == "compiled"
 
     def encode(self, pixels: np.ndarray) -> Tensor:
@@ -56,19 +70,40 @@ class PixelSpace:
 
     @torch.inference_mode()
     def check(self, name: str) -> None:
-        """One forward pass on an empty picture.
+        """One forward pass on an empty picture, after its cost was counted.
 
         Raises:
-            InputError: it fails, or gives no finite noise.
+            InputError: it fails, costs too much, or gives no finite noise.
         """
         empty = torch.zeros(1, *self.profile.size, self.profile.channels, dtype=torch.uint8).numpy()
         try:
+            condition = self.condition([""])
+            self.count(name, condition)
             x_0 = self.encode(empty)
-            output = self.eps(x_0, self.timesteps - 1, self.condition([""]))
-        except (RuntimeError, ValueError, IndexError) as error:
+            output = self.eps(x_0, self.timesteps - 1, condition)
+        except Exception as error:  # torch and the libraries raise many kinds for settings that do not fit each other
+            if isinstance(error, InputError) or out_of_memory(error):
+                raise
             raise InputError(f"{name} cannot take pictures of its own sample_size {self.profile.size}.") from error
         if output.shape != x_0.shape or not output.isfinite().all():
             raise InputError(f"{name} gives no finite noise of its input's shape, even for an empty picture.")
+
+    def count(self, name: str, condition: Any) -> None:
+        """Refuse a forward pass that costs too much, see `refuse_costly`; nothing is computed.
+
+        Raises:
+            InputError: it does.
+        """
+        shape = self.latent or (self.profile.channels, *self.profile.size)
+        if is_cheap(self.network, math.prod(shape[1:]) + tokens_of(condition)):
+            return
+        x_t = torch.empty(1, *shape, dtype=self.dtype, device="meta")
+        network, device = self.network, self.device
+        self.network, self.device = hollow(network), x_t.device
+        try:
+            refuse_costly(name, network, lambda: self.eps(x_t, self.timesteps - 1, on_meta(condition)))
+        finally:
+            self.network, self.device = network, device
 
 
 class Diffused(PixelSpace):
@@ -93,6 +128,14 @@ class LatentSpace(PixelSpace):
         super().__init__(model, placement)
         self.vae = load_network(AutoencoderKL, model.parts["vae"], model.name, self.dtype).to(self.device)
         self.shift, self.scale = self.vae.config.shift_factor or 0, self.vae.config.scaling_factor
+
+    def count(self, name: str, condition: Any) -> None:
+        """The same, the autoencoder first."""
+        if not is_cheap(self.vae, math.prod(self.profile.size)):
+            picture = torch.empty(1, self.profile.channels, *self.profile.size, dtype=self.dtype, device="meta")
+            vae = hollow(self.vae)
+            refuse_costly(name, self.vae, lambda: vae.encode(picture))
+        super().count(name, condition)
 
     def encode(self, pixels: np.ndarray) -> Tensor:
         """Pixels of (B, H, W, C) uint8 as scaled latents: the mode of the posterior, never a sample, (B, c, h, w)."""
@@ -125,57 +168,134 @@ def alpha_bar(schedule: dict[str, Any]) -> Tensor:
     return abar
 
 
-def reason(error: Exception) -> str:
-    """What an error says, on one line and short enough for a sentence."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def load_network(kind: type[ModelMixin], folder: Path, name: str, dtype: torch.dtype) -> Any:
+def load_network(kind: type[ModelMixin], part: Part, name: str, dtype: torch.dtype) -> Any:
     """A network of diffusers, refused unless its weights are exactly those that its config asks for, and finite.
 
     Raises:
-        InputError: they are not; or the config asks for more memory than the weights could fill.
+        InputError: they are not; they changed since they were looked at; or the config asks for more memory than the
+            weights could fill.
     """
-    try:
-        check_memory(kind, folder)
-        network, info = kind.from_pretrained(
-            folder,
-            variant=variant_of(folder),
-            low_cpu_mem_usage=False,
-            torch_dtype=dtype,
-            **STRICT,
-        )
-    except Exception as error:  # diffusers raises many kinds for a config and weights that do not fit
-        raise InputError(f"The weights of {name} do not fit its config.json: {reason(error)}") from error
-    network = verified(network, info, name)
-    return network if network.dtype == dtype else network.to(dtype)  # diffusers leaves SD3 in float32
+    with fitting(f"The weights of {name} do"):
+        check_memory(lambda: kind.from_config(part.config), part)
+        state = state_of(part)
+        with default_dtype(dtype), no_init_weights():
+            network = kind.from_config(part.config)
+        network._fix_state_dict_keys_on_load(state)  # attention had other names once
+        missing, unexpected = network.load_state_dict(state, strict=False)
+    return verified(network, {"missing": missing, "unexpected": unexpected}, name)
 
 
-def load_text_encoder(kind: type[PreTrainedModel], folder: Path, name: str, dtype: torch.dtype) -> Any:
-    """The same for a network of transformers."""
+def load_text_encoder(kind: type[PreTrainedModel], part: Part, name: str, dtype: torch.dtype, **more: Any) -> Any:
+    """The same for a network of transformers.
+
+    Args:
+        kind: its class.
+        part: its config and weights.
+        name: of the model, for a sentence.
+        dtype: precision of its parameters.
+        more: what its ``from_pretrained`` is told besides.
+    """
     transformers.utils.logging.disable_progress_bar()
-    try:
+    settings = part.config.get(kind.config_class.base_config_key) or part.config
+    with fitting(f"The {part.folder.name} of {name} does"):
+        config = kind.config_class.from_dict(copy.deepcopy(settings))
+        check_memory(lambda: kind(config), part)
         network, info = kind.from_pretrained(
-            folder,
-            variant=variant_of(folder),
+            None,
+            config=config,
+            state_dict=state_of(part),
             dtype=dtype,
-            **STRICT,
+            local_files_only=True,
+            output_loading_info=True,
+            **more,
         )
-    except Exception as error:
-        raise InputError(f"The {folder.name} of {name} does not fit its config.json: {reason(error)}") from error
-    return verified(network, info, name)
+    return verified(network, {key.removesuffix("_keys"): found for key, found in info.items()}, name)
 
 
-def load_tokenizer(kind: type, folder: Path, name: str) -> Any:
-    """What comes before a network of transformers: a tokenizer, or an image processor.
+@contextmanager
+def fitting(what: str) -> Iterator[None]:
+    """Say in one sentence that weights do not fit; what our own code said and a lack of memory stay what they are.
 
     Raises:
-        InputError: its files are missing or damaged.
+        InputError: in place of the many kinds that the libraries raise.
     """
     try:
-        return kind.from_pretrained(folder, local_files_only=True)
+        yield
+    except InputError:
+        raise
     except Exception as error:
-        raise InputError(f"The {folder.name} of {name} cannot be read: {reason(error)}") from error
+        if out_of_memory(error):
+            raise
+        raise InputError(f"{what} not fit its config.json: {reason(error)}") from error
+
+
+def state_of(part: Part) -> dict[str, Tensor]:
+    """The tensors of a network, made of the bytes that were digested; one file's bytes are held at a time.
+
+    Raises:
+        InputError: a file changed since it was looked at.
+    """
+    return {key: tensor for name in part.weights for key, tensor in tensors_in(part.read(name)).items()}
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Make new tensors in a precision."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def load_tokenizer(kind: type, part: Part, name: str) -> Any:
+    """What comes before a network of transformers: a tokenizer, or an image processor.
+
+    It is read from a folder of its own with the bytes that were digested, as transformers chooses files by itself.
+
+    Raises:
+        InputError: its files are missing, damaged, or changed since they were looked at.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        for file in part.words:
+            (Path(folder) / file).write_bytes(part.read(file))
+        try:
+            return kind.from_pretrained(folder, local_files_only=True)
+        except Exception as error:
+            raise InputError(f"The {part.folder.name} of {name} cannot be read: {reason(error)}") from error
+
+
+def tokenizer_for(kind: type, part: Part, text: PreTrainedModel, name: str) -> Any:
+    """The tokenizer of a text encoder, which must have a word for each that the encoder knows.
+
+    T5 and BLIP have some spare rows in their tables, CLIP has none.
+
+    Raises:
+        InputError: it has too few or too many, or it cannot join letters to words; a folder without vocabulary reads
+            as a tokenizer of two words.
+    """
+    tokenizer, known = load_tokenizer(kind, part, name), text.config.get_text_config().vocab_size
+    least = known if kind is transformers.CLIPTokenizer else FULL * known
+    if not least <= len(tokenizer) <= known:
+        raise InputError(
+            f"The tokenizer in {part.folder} has {len(tokenizer):,} words, its text encoder {known:,}; "
+            "restore the original files."
+        )
+    if joinless(tokenizer):
+        raise InputError(f"The tokenizer in {part.folder} lacks some of its merges; restore the original files.")
+    return tokenizer
+
+
+def joinless(tokenizer: Any) -> bool:
+    """Whether byte pairs lack the merges that make words of letters: then every caption is spelled."""
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    if model["type"] != "BPE":
+        return False
+    end = model.get("end_of_word_suffix") or ""
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values()}
+    made = {first + second for first, second in model["merges"]}
+    return any(len(word.removesuffix(end)) > 1 and word not in made | special for word in model["vocab"])
 
 
 def verified(network: Any, info: dict[str, Any], name: str) -> Any:
@@ -184,20 +304,81 @@ def verified(network: Any, info: dict[str, Any], name: str) -> Any:
     Raises:
         InputError: a tensor is missing, left over, of another shape, or not finite.
     """
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[problem]:
-            what, key = problem.removesuffix("_keys"), next(iter(info[problem]))
-            raise InputError(f"The weights of {name} do not fit its config.json: {what} {key}.")
+    for what in ("missing", "unexpected", "mismatched"):
+        if found := info.get(what):
+            raise InputError(f"The weights of {name} do not fit its config.json: {what} {min(map(str, found))}.")
     for key, weight in network.named_parameters():
         if not weight.isfinite().all():
             raise InputError(f"The weights of {name} are not finite ({key}); the file is damaged or diverged.")
     return network.eval().requires_grad_(False)
 
 
-def check_memory(kind: type[ModelMixin], folder: Path) -> None:
-    """Refuse, before memory is taken, a config that asks for far more than the weights hold."""
+def check_memory(build: Callable[[], nn.Module], part: Part) -> None:
+    """Refuse, before memory is taken, a config that asks for far more than the weights hold.
+
+    Args:
+        build: makes the network; here of shapes alone.
+        part: its weights.
+
+    Raises:
+        ValueError: it asks for more.
+    """
     with torch.device("meta"):
-        network = kind.from_config(kind.load_config(folder, local_files_only=True))
-    held = sum(weight_sizes(folder))
-    if network.num_parameters() > 2 * held:
-        raise ValueError(f"it asks for {network.num_parameters():,} numbers, they are {held:,}")
+        network = build()
+    asked = sum(tensor.numel() for tensor in itertools.chain(network.parameters(), network.buffers()))
+    if asked > 2 * part.numbers + SPARE:
+        raise ValueError(f"it asks for {asked:,} numbers, they are {part.numbers:,}")
+
+
+def hollow(network: nn.Module) -> Any:
+    """A copy of a network that has shapes and no numbers, so that its passes cost nothing."""
+    held = [
+        *(
+            (tensor, torch.nn.Parameter(torch.empty_like(tensor, device="meta"), False))
+            for tensor in network.parameters()
+        ),
+        *((tensor, torch.empty_like(tensor, device="meta")) for tensor in network.buffers()),
+    ]
+    return copy.deepcopy(network, {id(tensor): empty for tensor, empty in held})
+
+
+def on_meta(value: Any) -> Any:
+    """Tensors, alone or in a tuple, as shapes alone."""
+    if isinstance(value, tuple):
+        return tuple(on_meta(one) for one in value)
+    return value.to("meta") if isinstance(value, torch.Tensor) else value
+
+
+def tokens_of(condition: Any) -> int:
+    """How many tokens a network takes besides a picture's."""
+    found = condition if isinstance(condition, tuple) else (condition,)
+    return sum(one.shape[1] for one in found if isinstance(one, torch.Tensor) and one.dim() > 1)
+
+
+def is_cheap(network: nn.Module, positions: int) -> bool:
+    """Whether a pass costs little even if each weight met every position, and each attention every pair of them."""
+    size = sum(weight.numel() for weight in network.parameters())
+    inner = [module for module in network.modules() if "Attention" in type(module).__name__]
+    attention = sum(weight.numel() for module in inner for weight in module.parameters())
+    return 2 * size * positions + attention * positions**2 <= LEAST_COST
+
+
+def refuse_costly(name: str, network: nn.Module, forward: Callable[[], object]) -> None:
+    """Refuse a network, before it computes, whose pass costs more than any of its size does.
+
+    Args:
+        name: of the model.
+        network: whose parameters count.
+        forward: the pass, on shapes alone.
+
+    Raises:
+        InputError: it costs too much.
+    """
+    with FlopCounterMode(display=False) as counter:
+        forward()
+    cost, size = counter.get_total_flops(), sum(weight.numel() for weight in network.parameters())
+    if cost > min(MOST_COST, max(LEAST_COST, COST_OF_PARAMETER * size)):
+        raise InputError(
+            f"{name} would compute {cost:.1g} operations for one picture of its own sample_size, too many for its "
+            f"{size:,} parameters; restore its original config.json."
+        )

@@ -13,7 +13,7 @@ from diffusers import UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from oms_core.denoiser import to_eps
-from oms_core.families.base import Diffused, LatentSpace, load_network, load_text_encoder, load_tokenizer
+from oms_core.families.base import Diffused, LatentSpace, load_network, load_text_encoder, tokenizer_for
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +30,7 @@ class StableDiffusion(LatentSpace, Diffused):
         parts, name = model.parts, model.name
         self.network = load_network(UNet2DConditionModel, parts["network"], name, self.dtype).to(self.device)
         self.text = load_text_encoder(CLIPTextModel, parts["text_encoder"], name, self.dtype).to(self.device)
-        self.tokenizer = load_tokenizer(CLIPTokenizer, parts["tokenizer"], name)
+        self.tokenizer = tokenizer_for(CLIPTokenizer, parts["tokenizer"], self.text, name)
         self.check(name)
 
     def condition(self, captions: Sequence[str]) -> Tensor:

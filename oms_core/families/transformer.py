@@ -20,16 +20,15 @@ from diffusers import (
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from oms_core.denoiser import to_eps
+from oms_core.errors import InputError
 from oms_core.families.base import (
     Diffused,
     LatentSpace,
     load_network,
     load_text_encoder,
-    load_tokenizer,
     scheduler_of,
+    tokenizer_for,
 )
-from oms_core.files import read_json
-from oms_core.folders import classes_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,7 +63,7 @@ class Dit(Transformer, Diffused):
 
     def __init__(self, model: Model, placement: Placement) -> None:
         super().__init__(model, placement)
-        self.classes = classes_of(read_json(model.parts["network"].parent / "model_index.json"))
+        self.classes = model.classes
         self.check(model.name)
 
     def condition(self, captions: Sequence[str]) -> Tensor:
@@ -86,7 +85,7 @@ class PixArt(Transformer, Diffused):
     def __init__(self, model: Model, placement: Placement) -> None:
         super().__init__(model, placement)
         self.text = load_text_encoder(T5EncoderModel, model.parts["text_encoder"], model.name, self.dtype)
-        tokenizer = load_tokenizer(T5Tokenizer, model.parts["tokenizer"], model.name)
+        tokenizer = tokenizer_for(T5Tokenizer, model.parts["tokenizer"], self.text, model.name)
         scheduler = scheduler_of(model.schedule)
         self.pipeline = PixArtAlphaPipeline(tokenizer, self.text.to(self.device), self.vae, self.network, scheduler)
         self.check(model.name)
@@ -128,13 +127,12 @@ class StableDiffusion3(Transformer):
         scheduler = scheduler_of(model.schedule)
         self.levels = scheduler.sigmas.double().flip(0).tolist()  # s, the smallest first
         parts = dict.fromkeys((*TEXT_ENCODERS, *TOKENIZERS))
-        for name, kind in TEXT_ENCODERS.items():
-            if name in model.parts:
-                encoder = load_text_encoder(kind, model.parts[name], model.name, self.dtype)
-                parts[name] = encoder.to(self.device)
-        for name, kind in TOKENIZERS.items():
-            if name in model.parts:
-                parts[name] = load_tokenizer(kind, model.parts[name], model.name)
+        for (encoder, kind), (tokenizer, its) in zip(TEXT_ENCODERS.items(), TOKENIZERS.items(), strict=True):
+            if encoder in model.parts and tokenizer in model.parts:
+                text = load_text_encoder(kind, model.parts[encoder], model.name, self.dtype)
+                parts[tokenizer] = tokenizer_for(its, model.parts[tokenizer], text, model.name)
+                parts[encoder] = text.to(self.device)
+                check_length(parts[tokenizer], text, model.name)
         self.pipeline = StableDiffusion3Pipeline(transformer=self.network, scheduler=scheduler, vae=self.vae, **parts)
         self.check(model.name)
 
@@ -154,6 +152,20 @@ class StableDiffusion3(Transformer):
         time = self.clock(1000 * self.levels[t], len(x_t))
         output = self.network(x_t, embeds, pooled, time).sample
         return to_eps(output, x_t, *self.coefficients(t), "flow_prediction")
+
+
+def check_length(tokenizer: Any, text: Any, name: str) -> None:
+    """Refuse a CLIP's tokenizer that fills captions up to more tokens than the text encoder has positions.
+
+    Raises:
+        InputError: it does.
+    """
+    positions = getattr(text.config, "max_position_embeddings", tokenizer.model_max_length)
+    if not 2 <= tokenizer.model_max_length <= positions:
+        raise InputError(
+            f"A tokenizer of {name} makes captions of {tokenizer.model_max_length:,} tokens, its text encoder takes "
+            f"{positions}; restore the original tokenizer_config.json."
+        )
 
 
 CLASSES = {"DiTTransformer2DModel": Dit, "PixArtTransformer2DModel": PixArt, "SD3Transformer2DModel": StableDiffusion3}
