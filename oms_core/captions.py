@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from oms_core import cache, catalog
+from oms_core import cache, catalog, libraries
 from oms_core.decode import decode
 from oms_core.errors import InputError
 from oms_core.files import ASSETS, digest_of, digest_of_file, read_json, refuse_code, weight_files, weight_sizes
@@ -150,11 +150,12 @@ def spoken(
 @lru_cache(maxsize=1)
 def loaded(captioner: Captioner, placement: Placement) -> Callable[[list[Image.Image]], list[str]]:
     """From pictures to their captions."""
-    import torch
-    from transformers import BertTokenizer, BlipForConditionalGeneration
-    from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+    with libraries.lock:
+        import torch
+        from transformers import BertTokenizer, BlipForConditionalGeneration
+        from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-    from oms_core.families.base import load_text_encoder, load_tokenizer
+        from oms_core.families.base import load_text_encoder, load_tokenizer
 
     device, dtype = torch.device(placement.device), getattr(torch, placement.dtype)
     model = load_text_encoder(BlipForConditionalGeneration, captioner.folder, captioner.name, dtype).to(device)

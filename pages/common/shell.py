@@ -14,7 +14,7 @@ import pandas as pd
 import streamlit as st
 from streamlit.logger import get_logger
 
-from oms_core import catalog
+from oms_core import catalog, libraries
 from oms_core.attacks import SEARCHES
 from oms_core.compute import score, score_each, set_libraries_aside
 from oms_core.decode import decode
@@ -88,8 +88,7 @@ def warm_up() -> threading.Timer:
 
 
 def import_slow_libraries() -> None:
-    import oms_core.families.ddpm  # noqa: F401
-
+    libraries.load_engine()
     set_libraries_aside()
 
 
@@ -406,4 +405,4 @@ def progress_sentence(job: Job) -> str:
 def ask(work: Callable[[], object]) -> object:
     """Something short from the device, with a spinner."""
     with st.spinner("Asking the model ..."):
-        return SERVICE.ask(work)
+        return SERVICE.ask(work, viewer())
