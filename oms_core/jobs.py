@@ -149,7 +149,7 @@ class Line(Generic[T]):
         return iter(dict.fromkeys(one for turn in turns for one in turn if one is not None))
 
     def __len__(self) -> int:
-        return len([*self])
+        return sum(1 for _ in self)
 
 
 class Service:
