@@ -25,8 +25,10 @@ from oms_core.images import BUILT_IN
 from oms_core.jobs import SERVICE, Job
 from oms_core.run import Plan, Run, calls, lookup, plan
 from pages.common import context as chosen
+from pages.common import receiving
 from pages.common.context import RATES, Context, control, current, including
 
+receiving.install()
 log = logging.getLogger(__name__)
 get_logger("oms_core").propagate = True  # what the engine says reaches the server's log too, and whoever else listens
 TIMESTEPS = [None, 20, 50, 100, 150, 200, 250, 300, 350, 400]
