@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -419,11 +420,8 @@ def test_the_first_two_visitors_of_a_fresh_server_press_run_at_once(start: int, 
             one.press("Run")
             wait_for(lambda: one.run() or "Cancel" not in one.buttons())
 
-        threads = [threading.Thread(target=go, args=(one,)) for one in visits]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(2 * SOON)
+        with ThreadPoolExecutor(len(visits)) as together:
+            assert [*together.map(go, visits)] == [None, None]
         for one in visits:
             assert "went wrong" not in one.words()
             assert "Run" not in one.buttons()  # all is known

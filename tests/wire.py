@@ -53,10 +53,13 @@ class Wire:
             pass
 
     def received(self) -> str:
-        """Take the next message in, and say its kind."""
+        """Take the next message in, and say its kind; the end of a run that is followed by another one is none."""
         message = ForwardMsg()
         message.ParseFromString(self.socket.recv(timeout=SOON))
         kind = message.WhichOneof("type")
+        if kind == "script_finished" and message.script_finished == ForwardMsg.FINISHED_EARLY_FOR_RERUN:
+            self.shown.clear()
+            return ""
         if kind == "delta" and message.delta.WhichOneof("type") == "new_element":
             element = message.delta.new_element
             name = element.WhichOneof("type")
