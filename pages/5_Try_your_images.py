@@ -42,7 +42,7 @@ from pages.common.shell import (
 
 STEPS, PATH_STEPS = 3, 10
 READY = 10  # pictures of an example
-REMEMBERED = 60  # of what was made of the visitor's pictures
+REMEMBERED = 16  # of what was made of the visitor's pictures; a search on 512 x 512 pixels takes some 30 MB
 THUMBNAIL, SHOWN = 96, 512  # pixels of the longer side, in a table and beside the sliders
 LIMITS = (
     f"1 to {uploads.MOST} pictures (PNG, JPEG, WebP, BMP, TIFF, or a GIF, whose first frame is used), or a zip of "

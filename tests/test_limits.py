@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import socket
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,9 +20,12 @@ import pandas as pd
 import pytest
 from browser import Served, serving
 from PIL import Image
+from streamlit.runtime.memory_session_storage import MemorySessionStorage
 from streamlit.runtime.memory_uploaded_file_manager import MemoryUploadedFileManager
+from streamlit.runtime.session_manager import SessionInfo
 from streamlit.runtime.uploaded_file_manager import UploadedFileRec
-from test_uploads import JPEG, TAKEN, built, saved
+from streamlit.runtime.websocket_session_manager import WebsocketSessionManager
+from test_uploads import JPEG, TAKEN, built, packed, saved
 from wire import SOON, Wire
 
 from oms_core import libraries, survey, uploads
@@ -165,11 +170,34 @@ class Open:
 
 
 @pytest.fixture
-def files(monkeypatch: pytest.MonkeyPatch) -> receiving.Receiving:
+def files() -> receiving.Receiving:
     manager = MemoryUploadedFileManager("/upload")
-    manager.__class__ = receiving.Receiving
-    manager.begin()
+    receiving.limit(manager)
     return manager
+
+
+def test_files_that_came_before_the_limits_are_dropped_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    manager = MemoryUploadedFileManager("/upload")
+    put(manager, "early", "a", 10)
+    receiving.limit(manager)
+    now = time.monotonic() + receiving.TAKEN_IN + 1
+    monkeypatch.setattr(receiving.time, "monotonic", lambda: now)
+    manager.sweep(Open("early"))
+    assert not manager.file_storage
+
+
+def test_a_visit_that_can_not_be_resumed_is_forgotten_without_another_visitor() -> None:
+    class Session:
+        id = "one"
+
+    storage, session = MemorySessionStorage(ttl_seconds=0.01), Session()
+    gone = weakref.ref(session)
+    storage.save(SessionInfo(client=None, session=session))
+    del session
+    manager = WebsocketSessionManager(storage, None, None, None)
+    time.sleep(0.02)
+    assert asyncio.run(receiving.forget_visits(manager._session_storage)) == 1
+    assert gone() is None
 
 
 def put(files: receiving.Receiving, session: str, name: str, size: int) -> None:
@@ -240,6 +268,14 @@ def test_what_is_kept_of_a_picture_has_its_pixels_and_its_identity(name: str) ->
     for profile in PROFILES:
         assert np.array_equal(found.pixels(profile), sent.pixels(profile))
         assert np.array_equal(as_seen(found, profile).pixels(profile), sent.pixels(profile))
+
+
+def test_nothing_of_what_was_sent_is_kept() -> None:
+    data, archive = JPEG + b"!", packed(("a.png", built("a PNG")))
+    before = [sys.getrefcount(one) for one in (data, archive)]
+    found = received([("a.jpg", data), ("b.zip", archive)])
+    assert len(found) == 2
+    assert [sys.getrefcount(one) for one in (data, archive)] == before
 
 
 def test_scores_are_those_of_the_pictures_as_they_were_sent(pipeline: Path, pictures: Path) -> None:

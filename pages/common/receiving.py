@@ -21,6 +21,7 @@ from starlette.formparsers import MultiPartParser
 from starlette.requests import Request
 from streamlit import config
 from streamlit.runtime import Runtime
+from streamlit.runtime.memory_session_storage import MemorySessionStorage
 from streamlit.runtime.memory_uploaded_file_manager import MemoryUploadedFileManager
 from streamlit.runtime.uploaded_file_manager import UploadedFileRec
 
@@ -40,8 +41,7 @@ def install() -> None:
     files = Runtime.instance().uploaded_file_mgr if Runtime.exists() else None
     if type(files) is not MemoryUploadedFileManager:  # in a test of a page there is no server
         return
-    files.__class__ = Receiving
-    files.begin()
+    limit(files)
     Request._get_form = parsed
     threading.Thread(target=sweep_forever, args=(files,), name="receiving", daemon=True).start()
 
@@ -52,13 +52,17 @@ def largest() -> int:
 
 
 class Receiving(MemoryUploadedFileManager):
-    """Streamlit's files that no page has taken yet, and those that are on their way, within limits."""
+    """Streamlit's files that no page has taken yet, and those that are on their way, within limits.
 
-    def begin(self) -> None:
-        """Become this from what Streamlit made."""
-        self.sending: dict[object, tuple[str, int]] = {}  # session and bytes of each file that is on its way
-        self.came: dict[str, tuple[float, float]] = {}  # when the first and the last file of a session came
-        self.stirred = False  # whether a file came or went since memory was last given back
+    Attributes:
+        sending: session and bytes of each file that is on its way.
+        came: when the first and the last file of a session came.
+        stirred: whether a file came or went since memory was last given back.
+    """
+
+    sending: dict[object, tuple[str, int]]
+    came: dict[str, tuple[float, float]]
+    stirred: bool
 
     def add_file(self, session_id: str, file: UploadedFileRec) -> None:
         """Hold a file.
@@ -113,6 +117,13 @@ class Receiving(MemoryUploadedFileManager):
                 self.remove_session_files(session)
 
 
+def limit(files: MemoryUploadedFileManager) -> None:
+    """Make a `Receiving` of what Streamlit made, with the files that it holds already."""
+    now = time.monotonic()
+    files.sending, files.came, files.stirred = {}, dict.fromkeys([*files.file_storage], (now, now)), True
+    files.__class__ = Receiving
+
+
 async def parsed(request: Request, **options: int) -> FormData:
     """What a form holds, as `Request._get_form` finds it, once there is room for it and if it comes in time.
 
@@ -127,22 +138,26 @@ async def parsed(request: Request, **options: int) -> FormData:
 
 def sweep_forever(files: Receiving) -> None:
     """Drop what nobody takes, let go of visits that are over, and give the memory back, again and again."""
-    runtime, before = Runtime.instance(), 0
+    runtime = Runtime.instance()
     while True:
         time.sleep(SWEEP)
         files.sweep(runtime)
-        visits = asyncio.run_coroutine_threadsafe(visits_of(runtime), runtime._get_async_objs().eventloop).result()
-        if visits < before:
+        forgotten = forget_visits(runtime._session_mgr._session_storage)
+        if asyncio.run_coroutine_threadsafe(forgotten, runtime._get_async_objs().eventloop).result():
             gc.collect()  # a visit holds itself
-        if visits < before or files.stirred:
+            files.stirred = True
+        if files.stirred:
             files.stirred = False
             give_back()
-        before = visits
 
 
-async def visits_of(runtime: Runtime) -> int:
-    """How many visits there are, those included that may come back; to list them forgets those that may not."""
-    return len(runtime._session_mgr.list_sessions())
+async def forget_visits(storage: MemorySessionStorage) -> int:
+    """Let go of the closed visits that can no longer be resumed, on the thread that opens and closes them.
+
+    Returns:
+        How many they were.
+    """
+    return len(storage._cache.expire())
 
 
 def give_back() -> None:
