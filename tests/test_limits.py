@@ -10,19 +10,21 @@ import subprocess
 import sys
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pandas as pd
 import pytest
 from browser import Served, serving
 from PIL import Image
+from streamlit.runtime.app_session import AppSession
 from streamlit.runtime.memory_session_storage import MemorySessionStorage
 from streamlit.runtime.memory_uploaded_file_manager import MemoryUploadedFileManager
 from streamlit.runtime.session_manager import SessionInfo
+from streamlit.runtime.state import SessionState
 from streamlit.runtime.uploaded_file_manager import UploadedFileRec
 from streamlit.runtime.websocket_session_manager import WebsocketSessionManager
 from test_uploads import JPEG, TAKEN, built, packed, saved
@@ -187,17 +189,15 @@ def test_files_that_came_before_the_limits_are_dropped_too(monkeypatch: pytest.M
 
 
 def test_a_visit_that_can_not_be_resumed_is_forgotten_without_another_visitor() -> None:
-    class Session:
-        id = "one"
-
-    storage, session = MemorySessionStorage(ttl_seconds=0.01), Session()
-    gone = weakref.ref(session)
+    session = MagicMock(AppSession, id="one", session_state=SessionState())
+    session.session_state["uploads"] = "pictures"
+    storage = MemorySessionStorage(ttl_seconds=0.01)
     storage.save(SessionInfo(client=None, session=session))
-    del session
     manager = WebsocketSessionManager(storage, None, None, None)
     time.sleep(0.02)
     assert asyncio.run(receiving.forget_visits(manager._session_storage)) == 1
-    assert gone() is None
+    assert "uploads" not in session.session_state
+    session.shutdown.assert_called_once_with()
 
 
 def put(files: receiving.Receiving, session: str, name: str, size: int) -> None:

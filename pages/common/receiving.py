@@ -157,7 +157,11 @@ async def forget_visits(storage: MemorySessionStorage) -> int:
     Returns:
         How many they were.
     """
-    return len(storage._cache.expire())
+    forgotten = storage._cache.expire()
+    for _, visit in forgotten:
+        visit.session.shutdown()
+        visit.session.session_state.clear()  # Streamlit holds the last visit until another one comes
+    return len(forgotten)
 
 
 def give_back() -> None:
