@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from PIL import Image
 
-from oms_core import cache, catalog, schemas
+from oms_core import cache, catalog, libraries, schemas
 from oms_core.decode import decode
 from oms_core.errors import InputError
 from oms_core.files import (
@@ -206,11 +206,12 @@ def generation(part: Part) -> Any:
 @in_a_sentence
 def loaded(captioner: Captioner, placement: Placement) -> Callable[[list[Image.Image]], list[str]]:
     """From pictures to their captions."""
-    import torch
-    from transformers import BertTokenizer, BlipForConditionalGeneration
-    from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+    with libraries.lock:
+        import torch
+        from transformers import BertTokenizer, BlipForConditionalGeneration
+        from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-    from oms_core.families.base import load_text_encoder, load_tokenizer, tokenizer_for
+        from oms_core.families.base import load_text_encoder, load_tokenizer, tokenizer_for
 
     device, dtype, part = torch.device(placement.device), getattr(torch, placement.dtype), captioner.part
     settings = generation(part)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from oms_core import cache, captions
+from oms_core import cache, captions, libraries
 from oms_core.attacks import Learned, Probe
 from oms_core.catalog import Model
 from oms_core.device import DTYPES, FIRST_BATCH, MODES, Placement, batch_size, fitting, place
@@ -136,6 +136,7 @@ def judged(
 @lru_cache(maxsize=2)
 def loaded(model: Model, placement: Placement) -> Denoiser:
     """The model in memory; at most two stay."""
+    libraries.load(f"oms_core.families.{model.family}")
     from oms_core.families import load
 
     denoiser = load(model, placement)

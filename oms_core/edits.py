@@ -79,7 +79,7 @@ def reduced(picture: Image.Image) -> Image.Image:
 
 
 def with_edit(images: ImageSet, image: str, edit: Edit) -> ImageSet:
-    """One picture of a set, edited. It keeps its identity, so that its noise is the same and only the picture differs.
+    """One picture of a set, edited now. It keeps its identity, so that its noise is the same and only it differs.
 
     Args:
         images: the set.
@@ -89,11 +89,7 @@ def with_edit(images: ImageSet, image: str, edit: Edit) -> ImageSet:
     own = images.table[images.table.image == image]
     if edit == Edit():
         return replace(images, table=own)
-
-    def read(row: int) -> bytes:
-        buffer = io.BytesIO()
-        picture = reduced(decode(images.read(row))[0])
-        edited(picture, edit, seed=int(image[:8], 16)).save(buffer, "PNG", compress_level=1)
-        return buffer.getvalue()
-
-    return replace(images, table=own, read=read)
+    picture = reduced(decode(images.read(own.index[0]))[0])
+    buffer = io.BytesIO()
+    edited(picture, edit, seed=int(image[:8], 16)).save(buffer, "PNG", compress_level=1)
+    return replace(images, table=own, read=lambda _: buffer.getvalue())

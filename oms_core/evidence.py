@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from oms_core import libraries
 from oms_core.errors import InputError
 
 SET_LEVEL = 0.01  # false-alarm rate at which a set is decided
@@ -52,6 +53,7 @@ def judged(scores: np.ndarray, reference: np.ndarray, fpr: float) -> pd.DataFram
         (p <= fpr), `q` (p adjusted for the number of pictures by Benjamini & Hochberg, 1995) and `discovered`
         (q <= fpr: at most this share of those is expected to be false).
     """
+    libraries.load(*libraries.STATISTICS)
     from scipy.stats import false_discovery_control
 
     p = p_values(scores, reference)
@@ -78,6 +80,7 @@ def compare_sets(scores: np.ndarray, reference: np.ndarray, seed: int = 0) -> di
     Raises:
         InputError: fewer than two pictures on a side.
     """
+    libraries.load(*libraries.STATISTICS)
     from scipy.stats import ttest_ind
 
     if min(len(scores), len(reference)) < 2:
@@ -101,6 +104,7 @@ def permutation(scores: np.ndarray, reference: np.ndarray, seed: int = 0, resamp
     For sets that are drawn alike it is at most a with a probability of at most a, whatever the shape of the scores.
     Scores are skewed, and Welch's t-test is then too bold.
     """
+    libraries.load(*libraries.STATISTICS)
     from scipy.stats import permutation_test
 
     found = permutation_test(
@@ -112,6 +116,7 @@ def permutation(scores: np.ndarray, reference: np.ndarray, seed: int = 0, resamp
 
 def effect_interval(scores: np.ndarray, reference: np.ndarray, seed: int = 0) -> tuple[float, float]:
     """The central 95 % of the effect over resampled pictures."""
+    libraries.load(*libraries.STATISTICS)
     from scipy.stats import bootstrap
 
     found = bootstrap(

@@ -2,7 +2,8 @@
 
 The worker lives in this module, not in a page's cache that any visitor can clear. A job is known by its key;
 who asks for a job that is under way joins it. A job that nobody has looked at for a while stops, and what it
-finished is kept on disk. Short questions pass between the batches of a long job.
+finished is kept on disk. Short questions pass between the batches of a long job. Viewers take turns: whoever asks
+for much waits longer himself, and nobody else does.
 """
 
 from __future__ import annotations
@@ -13,21 +14,25 @@ import threading
 import time
 import uuid
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from typing import Any
+from itertools import zip_longest
+from typing import Any, Generic, TypeVar
 
 import pandas as pd
 
+from oms_core import libraries
 from oms_core.compute import Columns, Progress, Tick, table_of
 from oms_core.device import out_of_memory
 from oms_core.errors import InputError
 
 log = logging.getLogger(__name__)
-WAITING = 64  # jobs in the queue
+WAITING, WAITING_EACH = 64, 4  # jobs in the queue, and those of one viewer
+QUESTIONS, QUESTIONS_EACH = 64, 4  # short questions that wait, and those of one viewer
 REMEMBERED = 64  # jobs that are over
 PATIENCE = 15.0  # seconds a job goes on without a viewer
 LIVE = ("queued", "running")
+T = TypeVar("T")
 
 
 class Stopped(Exception):
@@ -104,14 +109,62 @@ class Job:
         return table_of(parts) if parts else None
 
 
-class Service:
-    """The queue and its one worker."""
+class Line(Generic[T]):
+    """What waits, in turns: the first of each viewer, then the second of each. It may wait for several viewers."""
 
     def __init__(self) -> None:
+        self.waiting: OrderedDict[str, deque[T]] = OrderedDict()  # by viewer; the next in turn stands first
+
+    def add(self, viewer: str, one: T) -> None:
+        """Let something wait for a viewer, behind what waits for him already."""
+        own = self.waiting.setdefault(viewer, deque())
+        if one not in own:
+            own.append(one)
+
+    def take(self) -> T | None:
+        """The next in turn, which then waits for nobody; None if nothing waits."""
+        if not self.waiting:
+            return None
+        viewer, own = next(iter(self.waiting.items()))
+        self.waiting.move_to_end(viewer)
+        one = own[0]
+        self.remove(one)
+        return one
+
+    def remove(self, one: T) -> None:
+        """Let something wait for nobody any more."""
+        for viewer, own in [*self.waiting.items()]:
+            if one in own:
+                own.remove(one)
+            if not own:
+                del self.waiting[viewer]
+
+    def of(self, viewer: str) -> int:
+        """How many wait for a viewer."""
+        return len(self.waiting.get(viewer, ()))
+
+    def __iter__(self) -> Iterator[T]:
+        """In the order in which they are taken if nothing else comes."""
+        turns = zip_longest(*self.waiting.values())
+        return iter(dict.fromkeys(one for turn in turns for one in turn if one is not None))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+class Service:
+    """The queue and its one worker.
+
+    Args:
+        prepare: called on the worker's thread before each piece of work.
+    """
+
+    def __init__(self, prepare: Callable[[], None] = lambda: None) -> None:
+        self.prepare = prepare
         self.changed = threading.Condition()
         self.jobs: OrderedDict[str, Job] = OrderedDict()
-        self.queue: deque[Job] = deque()
-        self.questions: deque[tuple[Callable[[], Any], Future]] = deque()
+        self.queue: Line[Job] = Line()
+        self.questions: Line[tuple[Callable[[], Any], Future]] = Line()
         self.running: Job | None = None
         self.worker: threading.Thread | None = None
 
@@ -124,28 +177,44 @@ class Service:
             viewer: who asks, see `Job.touch`.
 
         Raises:
-            InputError: too many jobs are waiting.
+            InputError: too many jobs are waiting, of all or of this viewer.
         """
         with self.changed:
             self._drop_abandoned()
             job = self.jobs.get(key)
             if job is None or job.cancelled or job.state in ("cancelled", "failed"):
-                if len(self.queue) >= WAITING:
-                    raise InputError(f"{WAITING} runs are waiting; try again when some have finished.")
-                job = Job(key, work, viewer)
-                self.jobs[key] = job
-                self.jobs.move_to_end(key)
-                self.queue.append(job)
-                self._forget()
-                self._wake()
+                job = self._queued(key, work, viewer)
+            elif job in self.queue and self.queue.of(viewer) < WAITING_EACH:
+                self.queue.add(viewer, job)  # who joins need not wait for the turn of who came first
             job.touch(viewer)
             return job
 
-    def ask(self, work: Callable[[], Any]) -> Any:
-        """Run something short on the worker's thread, between two batches of a long job, and wait for it."""
+    def _queued(self, key: str, work: Callable[[Tick], Any], viewer: str) -> Job:
+        """A new job at the end of a viewer's line."""
+        if self.queue.of(viewer) >= WAITING_EACH:
+            raise InputError(f"{WAITING_EACH} of your runs are waiting; cancel one, or wait until one has begun.")
+        if len(self.queue) >= WAITING:
+            raise InputError(f"{WAITING} runs are waiting; try again when some have finished.")
+        job = self.jobs[key] = Job(key, work, viewer)
+        self.jobs.move_to_end(key)
+        self.queue.add(viewer, job)
+        self._forget()
+        self._wake()
+        return job
+
+    def ask(self, work: Callable[[], Any], viewer: str = "") -> Any:
+        """Run something short on the worker's thread, between two batches of a long job, and wait for it.
+
+        Raises:
+            InputError: too many questions are waiting, of all or of this viewer; or what `work` raises.
+        """
         answer: Future = Future()
         with self.changed:
-            self.questions.append((work, answer))
+            if self.questions.of(viewer) >= QUESTIONS_EACH:
+                raise InputError(f"{QUESTIONS_EACH} of your questions are waiting; ask again when one is answered.")
+            if len(self.questions) >= QUESTIONS:
+                raise InputError(f"{QUESTIONS} questions are waiting; ask again in a minute.")
+            self.questions.add(viewer, (work, answer))
             self._wake()
         return answer.result()
 
@@ -157,7 +226,8 @@ class Service:
         """How many jobs go before a queued one, the running one included."""
         with self.changed:
             self._drop_abandoned()
-            return list(self.queue).index(job) + (self.running is not None) if job in self.queue else 0
+            waiting = [*self.queue]
+            return waiting.index(job) + (self.running is not None) if job in waiting else 0
 
     def _wake(self) -> None:
         if self.worker is None or not self.worker.is_alive():
@@ -183,22 +253,27 @@ class Service:
                     self.changed.wait()
             self._answer()
             with self.changed:
-                self.running = self.queue.popleft() if self.queue else None
+                self.running = self.queue.take()
             if self.running is not None:
                 self._run(self.running)
                 self.running = None
 
     def _answer(self) -> None:
-        """Answer every short question that waits."""
-        while True:
+        """Answer one short question of each viewer who waits; a job goes on between two of one viewer."""
+        with self.changed:
+            turns = len(self.questions.waiting)
+        for _ in range(turns):
             with self.changed:
-                if not self.questions:
-                    return
-                work, answer = self.questions.popleft()
-            try:
-                answer.set_result(work())
-            except BaseException as error:
-                answer.set_exception(error)
+                asked = self.questions.take()
+            if asked is not None:
+                self._answer_one(*asked)
+
+    def _answer_one(self, work: Callable[[], Any], answer: Future) -> None:
+        try:
+            self.prepare()
+            answer.set_result(work())
+        except BaseException as error:
+            answer.set_exception(error)
 
     def _run(self, job: Job) -> None:
         job.state, job.started = "running", time.monotonic()
@@ -216,6 +291,7 @@ class Service:
         try:
             if job.abandoned:
                 raise Stopped
+            self.prepare()
             job.work(tick)
             outcome, error = "done", ""
         except Stopped:
@@ -237,4 +313,4 @@ def explain(problem: BaseException) -> str:
     return f"Something went wrong that should not; the server's log has the details under {number}."
 
 
-SERVICE = Service()
+SERVICE = Service(libraries.load_engine)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from oms_core import cache
+from oms_core import cache, libraries
 from oms_core.images import ImageSet
 from oms_core.run import Plan
 
@@ -91,6 +91,7 @@ def told_apart(first: np.ndarray, second: np.ndarray, seed: int = 0) -> dict[str
         first, second: features of either set, (N, F).
         seed: of the folds and the shuffling.
     """
+    libraries.load(*libraries.STATISTICS, *libraries.LEARNING)
     from scipy.stats import rankdata
     from sklearn.linear_model import Ridge
     from sklearn.model_selection import KFold, cross_val_predict
@@ -120,6 +121,7 @@ def unusual(pixels: np.ndarray, reference: np.ndarray) -> np.ndarray:
     Returns:
         (M,).
     """
+    libraries.load(*libraries.STATISTICS, *libraries.LEARNING)
     from sklearn.neighbors import NearestNeighbors
     from sklearn.preprocessing import StandardScaler
 

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import streamlit as st
 from PIL import Image, ImageOps
@@ -24,9 +23,10 @@ from oms_core.export import findings_csv, findings_page
 from oms_core.images import ImageSet
 from oms_core.jobs import SERVICE
 from oms_core.run import Plan, Run, Trace, about, lookup, plan, residuals
+from oms_core.uploads import as_seen
 from pages.common.context import Context, searching
 from pages.common.gate import are_files, between, gated, gated_choice, is_flag, register, rows_below
-from pages.common.pictures import enlarge
+from pages.common.pictures import enlarge, small
 from pages.common.shell import (
     ask,
     begin,
@@ -44,8 +44,8 @@ from pages.common.shell import (
 
 STEPS, PATH_STEPS = 3, 10
 READY = 10  # pictures of an example
-REMEMBERED = 60  # of what was made of the visitor's pictures
-THUMBNAIL = 96
+REMEMBERED = 16  # of what was made of the visitor's pictures; a search on 512 x 512 pixels takes some 30 MB
+THUMBNAIL, SHOWN = 96, 512  # pixels of the longer side, in a table and beside the sliders
 LIMITS = (
     f"1 to {uploads.MOST} pictures (PNG, JPEG, WebP, BMP, TIFF, or a GIF, whose first frame is used), or a zip of "
     "them. They stay in this visit: not on disk, not in the address, gone when you close the page."
@@ -204,7 +204,9 @@ def own_signal(asked: Plan) -> pd.DataFrame | None:
         st.error(sentence(job.error or "Cancelled."))
         if not st.button("Score them again", type="primary"):
             return None
-    SERVICE.submit(place, lambda tick: kept.update({key: unkept(asked, tick)[name]}), viewer())
+    if job is None or not job.live:
+        shaped = asked if asked.model.captioned else replace(asked, images=as_seen(asked.images, asked.model.profile))
+        SERVICE.submit(place, lambda tick: kept.update({key: unkept(shaped, tick)[name]}), viewer())
     watch(place)
     return None
 
@@ -280,10 +282,10 @@ def side_by_side(images: ImageSet, profile: Profile) -> pd.DataFrame:
     """Each picture as it was sent and as the model sees it."""
     rows = []
     for row in images.table.itertuples():
-        picture, notes = decode(images.read(row.Index))
+        picture, _ = decode(images.read(row.Index))
         pixels, changes = fit(picture, profile)
         seen = Image.fromarray(pixels.squeeze(2) if profile.channels == 1 else pixels)
-        changed = "; ".join([*notes, *changes]) or "nothing"
+        changed = "; ".join(filter(None, [row.notes, *changes])) or "nothing"
         rows.append({"sent": shown(picture), "seen": shown(seen), "file": row.file, "changed on the way": changed})
     return pd.DataFrame(rows)
 
@@ -416,9 +418,9 @@ def own_trace(planned: Plan, images: ImageSet, edit: Edit) -> Trace:
 def seen(images: ImageSet, planned: Plan, trace: Trace) -> None:
     """The edited picture, and what the model is asked with at the last step."""
     picture, _ = decode(images.read(images.table.index[0]))
-    pixels = images.pixels(planned.model.profile)[0]
+    pixels, _ = fit(picture, planned.model.profile)
     pictures = [
-        (np.asarray(picture), "edited"),
+        (small(picture, SHOWN), "edited"),
         (pixels, "as the model sees it"),
         (trace.shown(planned.run.steps)[0], "with the noise it found"),
     ]
@@ -442,10 +444,7 @@ def compare(found: Audit, traces: dict[str, Trace]) -> pd.DataFrame:
 
 def shown(picture: Image.Image) -> str:
     """A small copy of a picture for a table, written anew: what was sent is never sent back."""
-    small = picture.copy()
-    small.thumbnail((THUMBNAIL, THUMBNAIL))
-    small = Image.fromarray(enlarge(np.asarray(small), THUMBNAIL))
-    return "data:image/png;base64," + base64.b64encode(png(small)).decode()
+    return "data:image/png;base64," + base64.b64encode(png(Image.fromarray(small(picture, THUMBNAIL)))).decode()
 
 
 def png(picture: Image.Image) -> bytes:

@@ -76,7 +76,7 @@ def test_pages_get_arrays_and_tables_and_never_tensors(path: Path) -> None:
 
 @pytest.mark.parametrize("path", engine("attacks"), ids=name_of)
 def test_an_attack_knows_the_search_and_no_family(path: Path) -> None:
-    allowed = ("search", "ddim", "convergence", "gradients", "denoiser", "attacks", "errors")
+    allowed = ("search", "ddim", "convergence", "gradients", "denoiser", "attacks", "errors", "libraries")
     assert own(path) == below(own(path), *(f"oms_core.{name}" for name in allowed))
 
 

@@ -129,7 +129,7 @@ def test_the_forged_image_set_of_a_visitor_is_refused(owned: Owned) -> None:
     assert "EXCEPTION" not in said
     assert visitor.query == "model=tiny&images=digits"
     assert str(owned.private) not in owned.events.read_text()
-    visitor.leave()
+    visitor.close()
 
 
 @pytest.mark.parametrize("name", ["{}/model", "../private/model", "owner/name", "ideal:{}/set", "ddpm-digits@../x"])
@@ -141,7 +141,7 @@ def test_a_forged_model_of_a_visitor_is_refused(owned: Owned, name: str) -> None
     assert "The browser sent a value that 'Model' does not offer" in " ".join(visitor.says())
     assert visitor.query == ""
     assert str(owned.private) not in owned.events.read_text()
-    visitor.leave()
+    visitor.close()
 
 
 def test_a_choice_that_is_offered_is_taken(owned: Owned) -> None:
@@ -150,7 +150,7 @@ def test_a_choice_that_is_offered_is_taken(owned: Owned) -> None:
     visitor.run([state(visitor.find("selectbox", "Model").id, "string_value", "tiny")])
     assert visitor.query == "model=tiny"
     assert not [text for text in visitor.says() if "does not offer" in text]
-    visitor.leave()
+    visitor.close()
 
 
 def test_states_that_come_before_the_gate_is_there_are_forgotten(
@@ -160,7 +160,7 @@ def test_states_that_come_before_the_gate_is_there_are_forgotten(
     guess = Wire(owned.served.address)
     guess.run()
     known = guess.find("selectbox", "Model").id
-    guess.leave()
+    guess.close()
     with serving(tmp_path, OMS_MODELS=str(owned.opened / "models")) as fresh:
         visitor = Wire(fresh.address)
         visitor.run([state(known, "string_value", str(owned.private / "model"))])
@@ -168,7 +168,7 @@ def test_states_that_come_before_the_gate_is_there_are_forgotten(
         visitor.run()
         assert visitor.query == ""
         assert not [text for text in visitor.says() if "private" in text]
-        visitor.leave()
+        visitor.close()
 
 
 def test_messages_that_concern_others_are_ignored(owned: Owned) -> None:
@@ -180,7 +180,7 @@ def test_messages_that_concern_others_are_ignored(owned: Owned) -> None:
     visitor.run()
     assert visitor.query == "model=uvit-digits"
     assert "subprocess.Popen" not in owned.events.read_text()
-    visitor.leave()
+    visitor.close()
 
 
 def words_of(owned: Owned) -> list[str]:
@@ -214,8 +214,8 @@ def test_thousands_of_forged_values_open_nothing_and_break_no_page(owned: Owned)
             assert said[0] == title
             assert not [text for text in said if text.startswith("EXCEPTION") or "should not" in text], (page, said)
         visitor.run(query=calm)
-        assert visitor.elements
-        visitor.leave()
+        assert visitor.shown
+        visitor.close()
         number += 1
     assert own_failures(owned.served.log.read_text()) == []
     assert "Traceback" not in owned.served.log.read_text()
@@ -242,7 +242,7 @@ def test_forged_values_beside_a_visitors_own_images_break_nothing(owned: Owned) 
             assert not [text for text in said if text.startswith("EXCEPTION") or "should not" in text], said
             assert [text for text in said if "does not offer" in text]
     assert own_failures(owned.served.log.read_text()) == []
-    visitor.leave()
+    visitor.close()
 
 
 BUTTONS = ("button", "download_button")  # which may be pressed by anybody, and carry nothing
@@ -330,7 +330,7 @@ def test_a_plain_string_is_no_model_and_no_image_set_of_a_page(place: str) -> No
 
 def test_an_engine_opens_no_plain_string(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="There is no built-in model"):
-        catalog.describe(str(tmp_path))
+        catalog.describe(Location(tmp_path))
 
 
 # Who may do what

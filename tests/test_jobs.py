@@ -144,7 +144,7 @@ def test_other_work_waits_its_turn_on_the_same_thread(service: Service) -> None:
 
         return run
 
-    submitted = [service.submit(f"{number}", work(number)) for number in range(20)]
+    submitted = [service.submit(f"{number}", work(number), f"viewer {number}") for number in range(20)]
     gate.set()
     assert {ended(job).state for job in submitted} == {"done"}
     assert order == [*range(20)]
@@ -157,7 +157,7 @@ def test_many_threads_submitting_at_once_start_one_worker(service: Service) -> N
 
     def submit(number: int) -> Job:
         barrier.wait(SOON)
-        return service.submit(f"{number}", lambda tick: threads.append(threading.get_ident()))
+        return service.submit(f"{number}", lambda tick: threads.append(threading.get_ident()), f"viewer {number}")
 
     with ThreadPoolExecutor(16) as viewers:
         found = [viewer.result(SOON) for viewer in [viewers.submit(submit, number) for number in range(16)]]
@@ -350,13 +350,13 @@ def test_asking_again_while_a_job_is_being_stopped_does_not_join_it(
 # Short questions
 
 
-def asked(service: Service, work: Callable[[], object]) -> Future:
+def asked(service: Service, work: Callable[[], object], viewer: str = "") -> Future:
     """Put a question on another thread while the worker is busy; return once it waits."""
     answer: Future = Future()
 
     def ask() -> None:
         try:
-            answer.set_result(service.ask(work))
+            answer.set_result(service.ask(work, viewer))
         except BaseException as error:
             answer.set_exception(error)
 
@@ -373,7 +373,7 @@ def test_a_question_is_answered_between_two_batches_of_a_long_job(
     job = service.submit("key", work)
     work.go()
     wait_for(lambda: work.passed == 1)
-    answers = [asked(service, lambda k=k: (k, threading.get_ident(), work.done)) for k in range(3)]
+    answers = [asked(service, lambda k=k: (k, threading.get_ident(), work.done), f"viewer {k}") for k in range(3)]
     assert not any(answer.done() for answer in answers)
     work.go()
     found = [answer.result(SOON) for answer in answers]
@@ -419,6 +419,97 @@ def test_an_exception_of_a_question_goes_to_who_asked_and_harms_nobody_else(
     assert isinstance(answer.exception(SOON), InputError)
     assert other.result(SOON) == 5
     assert ended(job).state == "done"
+
+
+# Taking turns
+
+
+def test_viewers_take_turns_whatever_each_has_waiting(service: Service, steps: Callable[..., Steps]) -> None:
+    first, order = steps(1), []
+    service.submit("first", first, "greedy")
+    assert first.begun.wait(SOON)
+    keys = [("greedy", k) for k in range(3)] + [("modest", 0), ("late", 0), ("modest", 1)]
+    found = [
+        service.submit(f"{viewer} {k}", lambda tick, viewer=viewer, k=k: order.append((viewer, k)), viewer)
+        for viewer, k in keys
+    ]
+    assert [service.position(job) for job in found] == [1, 4, 6, 2, 3, 5]
+    first.go()
+    assert {ended(job).state for job in found} == {"done"}
+    assert order == [("greedy", 0), ("modest", 0), ("late", 0), ("greedy", 1), ("modest", 1), ("greedy", 2)]
+
+
+def test_a_viewer_with_enough_waiting_is_refused_and_keeps_nobody_out(
+    service: Service, steps: Callable[..., Steps]
+) -> None:
+    work = steps(1)
+    service.submit("running", work, "greedy")
+    assert work.begun.wait(SOON)
+    for k in range(jobs.WAITING_EACH):
+        service.submit(f"{k}", nothing, "greedy")
+    with pytest.raises(InputError, match="of your runs are waiting; cancel one, or wait until one has begun"):
+        service.submit("one more", nothing, "greedy")
+    job = service.submit("small", nothing, "modest")
+    assert service.position(job) == 2
+    work.go()
+    assert ended(job).state == "done"
+    wait_for(lambda: not len(service.queue))
+    assert ended(service.submit("one more", nothing, "greedy")).state == "done"
+
+
+def test_who_joins_a_run_that_waits_does_not_wait_for_the_turn_of_who_came_first(
+    service: Service, steps: Callable[..., Steps]
+) -> None:
+    work = steps(1)
+    service.submit("running", work, "greedy")
+    assert work.begun.wait(SOON)
+    found = [service.submit(f"{k}", nothing, "greedy") for k in range(3)]
+    assert service.submit("2", nothing, "modest") is found[2]
+    assert [service.position(job) for job in found] == [1, 3, 2]
+    found[2].leave("greedy")
+    assert not found[2].cancelled
+    work.go()
+    assert {ended(job).state for job in found} == {"done"}
+
+
+def test_a_long_job_goes_on_between_two_questions_of_one_viewer(service: Service, steps: Callable[..., Steps]) -> None:
+    work = steps()
+    service.submit("key", work)
+    assert work.begun.wait(SOON)
+    answers = [asked(service, lambda: work.done, "greedy") for _ in range(3)]
+    other = asked(service, lambda: work.done, "modest")
+    work.go(3)
+    assert [answer.result(SOON) for answer in answers] == [1, 2, 3]
+    assert other.result(SOON) == 1
+
+
+def test_questions_are_bounded_for_a_viewer_and_for_all(
+    service: Service, steps: Callable[..., Steps], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "QUESTIONS", jobs.QUESTIONS_EACH + 2)
+    work = steps()
+    service.submit("key", work)
+    assert work.begun.wait(SOON)
+    answers = [asked(service, lambda: "yes", "greedy") for _ in range(jobs.QUESTIONS_EACH)]
+    with pytest.raises(InputError, match="of your questions are waiting; ask again when one is answered"):
+        service.ask(lambda: "no", "greedy")
+    answers += [asked(service, lambda: "yes", f"modest {k}") for k in range(2)]
+    with pytest.raises(InputError, match="questions are waiting; ask again in a minute"):
+        service.ask(lambda: "no", "late")
+    work.go(jobs.QUESTIONS_EACH)
+    assert {answer.result(SOON) for answer in answers} == {"yes"}
+
+
+def test_what_prepares_the_worker_comes_before_each_piece_of_work(caplog: pytest.LogCaptureFixture) -> None:
+    done: list[str] = []
+    service = Service(lambda: done.append("prepared"))
+    service.ask(lambda: done.append("question"))
+    ended(service.submit("key", lambda tick: done.append("job")))
+    assert done == ["prepared", "question", "prepared", "job"]
+    broken = Service(lambda: (_ for _ in ()).throw(ImportError("torch is broken")))
+    assert "went wrong" in failed(broken, InputError("never raised"))
+    with pytest.raises(ImportError):
+        broken.ask(lambda: None)
 
 
 # What goes wrong
@@ -512,7 +603,7 @@ def test_a_full_queue_is_refused_in_one_sentence_and_empties_again(
     work = steps(1)
     running = service.submit("running", work)
     assert work.begun.wait(SOON)
-    waiting = [service.submit(f"{number}", nothing) for number in range(jobs.WAITING)]
+    waiting = [service.submit(f"{number}", nothing, f"viewer {number}") for number in range(jobs.WAITING)]
     with pytest.raises(InputError) as refused:
         service.submit("one more", nothing)
     assert str(refused.value) == f"{jobs.WAITING} runs are waiting; try again when some have finished."
@@ -549,7 +640,7 @@ def test_a_live_job_is_never_forgotten(
     work = steps(1)
     job = service.submit("key", work)
     for number in range(5):
-        service.submit(f"{number}", nothing)
+        service.submit(f"{number}", nothing, f"viewer {number}")
     assert service.find("key") is job
     work.go()
     assert ended(job).state == "done"

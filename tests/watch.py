@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from oms_core.errors import InputError
-from oms_core.survey import Look, look
+from oms_core.survey import OWNERS, Look, Lookers, look
 
 CHANGES = {
     "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.utime",
@@ -68,10 +68,12 @@ def watched() -> Iterator[list[Seen]]:
         watchers[:] = [other for other in watchers if other is not seen]
 
 
-def look_here(read: Callable[[int], bytes], count: int, **_: int) -> Iterator[Look]:
+def look_here(
+    read: Callable[[int], bytes], count: int, see: Callable[[bytes], Any] = look, lookers: Lookers = OWNERS
+) -> Iterator[Any]:
     """As `oms_core.survey.look_through`, but in this process, where what the decoder does is seen."""
     for number in range(count):
         try:
-            yield look(read(number))
+            yield see(read(number))
         except InputError as error:
             yield Look("", str(error))

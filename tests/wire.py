@@ -1,21 +1,24 @@
-"""A visitor who speaks Streamlit's protocol without a browser, and can therefore send what no page offers."""
+"""A visitor without a browser, who speaks the protocol of Streamlit's websocket: fast, and not bound to the page."""
 
 from __future__ import annotations
 
-import http.cookiejar
 import json
 import random
 import time
 import urllib.parse
 import urllib.request
+import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import suppress
+from http.client import HTTPConnection
 from typing import Any
 
 from streamlit.proto.BackMsg_pb2 import BackMsg
 from streamlit.proto.ForwardMsg_pb2 import ForwardMsg
 from streamlit.proto.WidgetStates_pb2 import WidgetState
 from websockets.sync.client import connect
+
+SOON = 120.0  # seconds after which a test that waits has failed
 
 KINDS = {  # of an element, and the field in which its state is sent
     "button": "trigger_value",
@@ -38,31 +41,28 @@ FIELDS = [field.name for field in WidgetState.DESCRIPTOR.fields if field.name !=
 class Wire:
     """One visit.
 
+    Args:
+        address: of the server, http://...
+        page: its name in the address; the start page if empty.
+        query: of the address.
+
     Attributes:
-        elements: what the page shows, by its place: kind, protocol buffer and fragment.
+        shown: by place on the page: kind, element and fragment.
         query: the address, as the page last wrote it.
     """
 
     def __init__(self, address: str, page: str = "", query: str = "") -> None:
         self.address, self.page, self.query = address, page, query
-        self.elements: dict[tuple[int, ...], tuple[str, Any, str]] = {}
-        self.jar = http.cookiejar.CookieJar()
-        self.http = urllib.request.build_opener(urllib.request.HTTPCookieProcessor(self.jar))
-        self.http.open(f"{address}/_stcore/health", timeout=30).read()
-        cookies = "; ".join(f"{cookie.name}={cookie.value}" for cookie in self.jar)
-        self.open = ExitStack()
-        connection = connect(
-            f"{address.replace('http', 'ws')}/_stcore/stream",
-            subprotocols=["streamlit"],
-            additional_headers={"Cookie": cookies},
-            origin=address,
-            max_size=None,
-            open_timeout=30,
+        self.shown: dict[tuple[int, ...], tuple[str, Any, str]] = {}
+        with urllib.request.urlopen(f"{address}/_stcore/health", timeout=30) as answer:
+            self.cookie = answer.headers["Set-Cookie"].partition(";")[0]
+        url = f"{address.replace('http', 'ws')}/_stcore/stream"
+        self.socket = connect(
+            url, origin=address, subprotocols=["streamlit"], max_size=None, open_timeout=30, legacy=True
         )
-        self.socket = self.open.enter_context(connection)
 
     def run(self, states: Iterable[WidgetState] = (), query: str | None = None, fragment: str = "") -> None:
-        """Have the page run with these states, and wait until it is drawn.
+        """Let the page run until it is over.
 
         Args:
             states: of widgets; those that are left out keep the value that the server has.
@@ -72,41 +72,46 @@ class Wire:
         message = BackMsg()
         asked = message.rerun_script
         asked.query_string = self.query if query is None else query
-        asked.fragment_id = fragment
-        asked.page_name = self.page
+        asked.page_name, asked.fragment_id = self.page, fragment
         asked.widget_states.widgets.extend(states)
-        if not fragment:
-            self.elements = {}
         self.send(message)
-        self.wait()
+        if not fragment:
+            self.shown.clear()
+        while self.received() != "script_finished":
+            pass
 
     def send(self, message: BackMsg) -> None:
         self.socket.send(message.SerializeToString())
 
-    def wait(self, seconds: float = 120) -> None:
-        """Take in what the server says until a run has ended.
+    def received(self) -> str:
+        """Take the next message in, and say its kind; the end of a run that is followed by another one is none."""
+        message = ForwardMsg()
+        message.ParseFromString(self.socket.recv(timeout=SOON))
+        kind = message.WhichOneof("type")
+        if kind == "script_finished" and message.script_finished == ForwardMsg.FINISHED_EARLY_FOR_RERUN:
+            self.shown.clear()
+            return ""
+        if kind == "delta" and message.delta.WhichOneof("type") == "new_element":
+            element = message.delta.new_element
+            name = element.WhichOneof("type")
+            self.shown[tuple(message.metadata.delta_path)] = name, getattr(element, name), message.delta.fragment_id
+        if kind == "page_info_changed":
+            self.query = message.page_info_changed.query_string
+        return kind
 
-        Raises:
-            TimeoutError: none has.
-        """
-        end = time.monotonic() + seconds
-        while True:
-            message = ForwardMsg()
-            message.ParseFromString(self.socket.recv(timeout=max(0, end - time.monotonic())))
-            kind = message.WhichOneof("type")
-            if kind == "delta" and message.delta.WhichOneof("type") == "new_element":
-                element = message.delta.new_element
-                shown = element.WhichOneof("type")
-                place = tuple(message.metadata.delta_path)
-                self.elements[place] = (shown, getattr(element, shown), message.delta.fragment_id)
-            elif kind == "page_info_changed":
-                self.query = message.page_info_changed.query_string
-            elif kind == "script_finished" and message.script_finished != ForwardMsg.FINISHED_EARLY_FOR_RERUN:
-                return
+    def press(self, label: str) -> None:
+        """Press the button with this label."""
+        button, fragment = next(
+            (one, fragment) for kind, one, fragment in self.shown.values() if kind == "button" and one.label == label
+        )
+        self.run([state(button.id, "trigger_value", True)], fragment=fragment)
+
+    def buttons(self) -> list[str]:
+        return [one.label for kind, one, _ in self.shown.values() if kind == "button"]
 
     def widgets(self) -> Iterator[tuple[str, Any, str]]:
         """What a visitor can use: kind, protocol buffer and fragment."""
-        return ((kind, shown, part) for kind, shown, part in self.elements.values() if kind in KINDS and shown.id)
+        return ((kind, shown, part) for kind, shown, part in self.shown.values() if kind in KINDS and shown.id)
 
     def find(self, kind: str, label: str) -> Any:
         """The widget with this label."""
@@ -115,15 +120,60 @@ class Wire:
     def says(self) -> list[str]:
         """Texts and messages of the page; an exception that the page shows begins with EXCEPTION."""
         found = []
-        for kind, shown, _ in self.elements.values():
+        for kind, shown, _ in self.shown.values():
             if kind in ("markdown", "alert", "heading", "text"):
                 found.append(shown.body)
             elif kind == "exception":
                 found.append(f"EXCEPTION {shown.type}: {shown.message}")
         return found
 
-    def leave(self) -> None:
-        self.open.close()
+    def words(self) -> str:
+        """Everything that the page says."""
+        return "\n".join(self.says())
+
+    def places(self, count: int) -> list[str]:
+        """Addresses for so many files."""
+        message = BackMsg()
+        message.file_urls_request.request_id = uuid.uuid4().hex
+        message.file_urls_request.file_names.extend(f"{number}.png" for number in range(count))
+        self.send(message)
+        deadline = time.monotonic() + SOON
+        while time.monotonic() < deadline:
+            answer = ForwardMsg()
+            answer.ParseFromString(self.socket.recv(timeout=SOON))
+            if answer.WhichOneof("type") == "file_urls_response":
+                return [one.upload_url for one in answer.file_urls_response.file_urls]
+        raise TimeoutError("no addresses came")
+
+    def form(self, data: bytes) -> tuple[dict[str, str], bytes]:
+        """Headers and body of a request that sends a file."""
+        boundary = uuid.uuid4().hex
+        head = f'--{boundary}\r\nContent-Disposition: form-data; name="x"; filename="x.png"\r\n\r\n'.encode()
+        headers = {
+            "Content-Type": f"multipart/form-data; boundary={boundary}",
+            "Cookie": self.cookie,
+            "X-Xsrftoken": self.cookie.partition("=")[2],
+        }
+        return headers, head + data + f"\r\n--{boundary}--\r\n".encode()
+
+    def put(self, data: bytes) -> int:
+        """Send a file that no page asks for.
+
+        Returns:
+            The HTTP status.
+        """
+        (place,) = self.places(1)
+        headers, body = self.form(data)
+        server = HTTPConnection(self.address.removeprefix("http://"), timeout=SOON)
+        with suppress(ConnectionError):  # who is refused at once cannot send to the end
+            server.request("PUT", place, body, headers)
+        try:
+            return server.getresponse().status
+        finally:
+            server.close()
+
+    def close(self) -> None:
+        self.socket.close()
 
 
 def state(widget: str, field: str, value: Any) -> WidgetState:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from oms_core import libraries
 from oms_core.attacks.base import Attack, Learned, Probe, Signal, Study, learned_column
 from oms_core.errors import InputError
 from oms_core.search import fixed_point
@@ -113,6 +114,7 @@ def fit(study: Study) -> pd.DataFrame:
 
 def log_odds(known: np.ndarray, member: np.ndarray, others: np.ndarray, seed: int) -> np.ndarray:
     """The log odds of membership of others (M, K), learned from known (N, K) and member (N,)."""
+    libraries.load(*libraries.LEARNING, "xgboost")
     from sklearn.preprocessing import StandardScaler
     from xgboost import XGBClassifier
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from oms_core import ddim
+from oms_core import ddim, libraries
 from oms_core.attacks.base import SECMI_STRIDE, Learned, Study, column, learned_column
 from oms_core.attacks.secmi import SECMI
 from oms_core.errors import InputError
@@ -217,6 +217,7 @@ def rates_by_level(rows: pd.DataFrame, member: np.ndarray, steps: int) -> list[d
 
 def rate(name: str, margins: np.ndarray) -> dict[str, float | None]:
     """The share of positive margins with its Clopper-Pearson interval."""
+    libraries.load(*libraries.STATISTICS)
     from scipy.stats import binomtest
 
     margins = margins[np.isfinite(margins)]

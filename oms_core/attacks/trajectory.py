@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from oms_core import libraries
 from oms_core.attacks.base import Learned, Search, Study, column, learned_column, pairs
 from oms_core.attacks.naive import NA
 from oms_core.attacks.pia import PIA
@@ -61,6 +62,7 @@ def from_labels(base: Search, study: Study) -> pd.DataFrame:
 
 def log_odds(known: np.ndarray, member: np.ndarray, others: np.ndarray) -> np.ndarray:
     """The log odds of membership of others (M, K), learned from known (N, K) and member (N,); NaN where one is."""
+    libraries.load(*libraries.LEARNING)
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -83,6 +85,7 @@ def from_nonmembers(base: Search, study: Study) -> pd.DataFrame:
         `image` and the score for each n: the mean over all distances, in standard deviations of the auxiliary
         pictures. This is O'Brien's one-sided test (1984) against members that all distances show alike.
     """
+    libraries.load(*libraries.LEARNING)
     from sklearn.preprocessing import StandardScaler
 
     def score(n: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import streamlit as st
+from PIL import Image
 
 from oms_core import figures
 from oms_core.decode import decode
@@ -14,15 +15,27 @@ READY = 8  # pictures of each kind whose search is shipped
 BLUE, ORANGE = np.array([0, 114, 178]), np.array([213, 94, 0])
 
 
-@st.cache_data(max_entries=4096, show_spinner=False)
-def thumbnail(images: str, row: int, digest: str, scale: int = 128) -> np.ndarray:
-    """A picture of a set, enlarged without smoothing, (H, W) or (H, W, 3) uint8; `digest` keys the cache."""
-    picture, _ = decode(open_images(images).read(row))
+@st.cache_data(max_entries=1024, show_spinner=False)  # at most 50 MB of pixels
+def thumbnail(images: str, row: int, digest: str) -> np.ndarray:
+    """A small copy of a picture of a set, see `small`; `digest` keys the cache."""
+    return small(decode(open_images(images).read(row))[0])
+
+
+def small(picture: Image.Image, scale: int = 128) -> np.ndarray:
+    """A copy with no side above `scale`: a larger picture shrunk, of a smaller one its pixels repeated.
+
+    Returns:
+        (H, W) or (H, W, 3) uint8.
+    """
+    times = scale / max(picture.size)
+    if times < 1:
+        sides = [max(1, round(side * times)) for side in picture.size]
+        picture = picture.resize(sides, Image.Resampling.BICUBIC, reducing_gap=2.0)
     return enlarge(np.asarray(picture), scale)
 
 
 def enlarge(pixels: np.ndarray, scale: int = 128) -> np.ndarray:
-    """Repeat pixels until a side is about `scale` long."""
+    """Repeat pixels until the longer side is about `scale` long."""
     times = max(1, scale // max(pixels.shape[:2]))
     return pixels.repeat(times, axis=0).repeat(times, axis=1)
 

@@ -13,7 +13,7 @@ import pandas as pd
 import streamlit as st
 from streamlit.logger import get_logger
 
-from oms_core import catalog
+from oms_core import catalog, libraries
 from oms_core.attacks import SEARCHES
 from oms_core.compute import score, score_each, set_libraries_aside
 from oms_core.decode import decode
@@ -24,11 +24,12 @@ from oms_core.images import BUILT_IN
 from oms_core.jobs import SERVICE, Job
 from oms_core.run import Plan, Run, calls, lookup, plan
 from pages.common import context as chosen
-from pages.common import gate
+from pages.common import gate, receiving
 from pages.common.context import Context, control, current, including
 from pages.common.gate import OWN_IMAGES, RATES, gated, gated_choice
 from pages.common.text import literal
 
+receiving.install()
 log = logging.getLogger(__name__)
 get_logger("oms_core").propagate = True  # what the engine says reaches the server's log too, and whoever else listens
 TIMESTEPS = [None, 20, 50, 100, 150, 200, 250, 300, 350, 400]
@@ -93,8 +94,7 @@ def warm_up() -> threading.Timer:
 
 
 def import_slow_libraries() -> None:
-    import oms_core.families.ddpm  # noqa: F401
-
+    libraries.load_engine()
     set_libraries_aside()
 
 
@@ -420,4 +420,4 @@ def progress_sentence(job: Job) -> str:
 def ask(work: Callable[[], object]) -> object:
     """Something short from the device, with a spinner."""
     with st.spinner("Asking the model ..."):
-        return SERVICE.ask(work)
+        return SERVICE.ask(work, viewer())
