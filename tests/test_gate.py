@@ -330,7 +330,7 @@ def test_a_plain_string_is_no_model_and_no_image_set_of_a_page(place: str) -> No
 
 def test_an_engine_opens_no_plain_string(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="There is no built-in model"):
-        catalog.describe(Location(tmp_path))
+        catalog.describe(str(tmp_path))
 
 
 # Who may do what
