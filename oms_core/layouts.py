@@ -151,7 +151,7 @@ class Zip:
     @cached_property
     def files(self) -> list[str]:
         """The names of its entries, sorted."""
-        names = [name for name, entry in self.entries.items() if not entry.is_dir()]
+        names = [name for name, entry in self.entries.items() if not entry.filename.endswith("/")]
         return sorted(name for name in names if not hidden(name) and not name.startswith("__MACOSX/"))
 
     def read(self, file: str, most: int = MAX_BYTES) -> bytes:

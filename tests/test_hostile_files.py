@@ -496,6 +496,11 @@ def test_every_entry_of_a_name_is_taken_from_an_upload() -> None:
     assert found.rejected.empty
 
 
+def test_an_entry_without_a_name_is_taken() -> None:
+    sent = doubled(("name.png", A), ("b/", b"")).replace(b"name.png", b"\0ame.png")  # a name ends at a zero byte
+    assert [*received([("x.zip", sent)]).table.file] == ["unnamed"]
+
+
 @pytest.mark.parametrize("name", ["member/a.png", "metadata.csv", "caption.json"])
 def test_a_set_with_two_entries_of_a_name_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "x.zip").write_bytes(doubled((name, A), ("b.png", C), (name, B)))

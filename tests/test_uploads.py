@@ -257,7 +257,7 @@ def test_other_pictures_of_the_same_name_are_kept_under_names_of_their_own() -> 
 @given(st.lists(st.text(max_size=70) | st.sampled_from(["x", "x (2)", "x (3)"]), max_size=12))
 @settings(max_examples=100, derandomize=True, database=None, deadline=None)
 def test_every_name_can_be_shown_and_stands_once(given_names: list[str]) -> None:
-    names: set[str] = set()
+    names: dict[str, int] = {}
     shown = [uploads.numbered(uploads.shown(name), names) for name in given_names]
     assert len({*shown}) == len(shown)
     for name in shown:
