@@ -196,7 +196,8 @@ def spoken(
 
 def generation(part: Part) -> Any:
     """How a captioner chooses its words, from its generation_config.json; None where there is none."""
-    from transformers import GenerationConfig
+    with libraries.lock:
+        from transformers import GenerationConfig
 
     name = "generation_config.json"
     return GenerationConfig.from_dict(parse(part.read(name), part.folder / name)) if name in part.words else None

@@ -50,7 +50,6 @@ from oms_core.families.base import scheduler_of, tokenizer_for
 from oms_core.families.uvit import UVit
 from oms_core.files import Part, digest_of_file, read_json, reason, word_files
 from oms_core.folders import (
-    MAX_TIMESTEPS,
     VOCABULARY,
     check_depth,
     check_parts,
@@ -262,8 +261,8 @@ def research_ddpm(state: State, noise: Tensor | None, file: Path) -> DDPMPipelin
         levels = levels_of(state)
         network, tensors = research_unet(state, levels, noise.shape[-1]), renamed(state, levels)
         steps = len(state["time_embedding.timembedding.0.weight"])
-        if steps > MAX_TIMESTEPS:
-            raise ValueError(f"it has {steps} timesteps, at most {MAX_TIMESTEPS} are supported")
+        if steps > schemas.MAX_TIMESTEPS:
+            raise ValueError(f"it has {steps} timesteps, at most {schemas.MAX_TIMESTEPS} are supported")
     except KeyError as error:
         raise InputError(f"{file} lacks {error} of a pytorch-ddpm checkpoint.") from error
     except (AttributeError, IndexError, TypeError, ValueError) as error:
