@@ -22,6 +22,7 @@ from oms_core.errors import InputError
 from oms_core.export import findings_csv, findings_page
 from oms_core.images import ImageSet
 from oms_core.jobs import SERVICE
+from oms_core.plain_text import harmless
 from oms_core.run import Plan, Run, Trace, about, lookup, plan, residuals
 from oms_core.uploads import as_seen
 from pages.common.context import Context, searching
@@ -48,7 +49,7 @@ REMEMBERED = 16  # of what was made of the visitor's pictures; a search on 512 x
 THUMBNAIL, SHOWN = 96, 512  # pixels of the longer side, in a table and beside the sliders
 LIMITS = (
     f"1 to {uploads.MOST} pictures (PNG, JPEG, WebP, BMP, TIFF, or a GIF, whose first frame is used), or a zip of "
-    "them. They stay in this visit: not on disk, not in the address, gone when you close the page."
+    "them. They stay in this visit: not on disk, not in the address, gone two minutes after you close the page."
 )
 
 
@@ -286,7 +287,8 @@ def side_by_side(images: ImageSet, profile: Profile) -> pd.DataFrame:
         pixels, changes = fit(picture, profile)
         seen = Image.fromarray(pixels.squeeze(2) if profile.channels == 1 else pixels)
         changed = "; ".join(filter(None, [row.notes, *changes])) or "nothing"
-        rows.append({"sent": shown(picture), "seen": shown(seen), "file": row.file, "changed on the way": changed})
+        file = harmless(row.file)  # the table can be saved as CSV
+        rows.append({"sent": shown(picture), "seen": shown(seen), "file": file, "changed on the way": changed})
     return pd.DataFrame(rows)
 
 
@@ -321,7 +323,7 @@ def rejects(images: ImageSet) -> None:
     """What could not be used, and why."""
     if len(images.rejected):
         with st.expander(f"{len(images.rejected)} could not be used"):
-            st.dataframe(images.rejected, hide_index=True)
+            st.dataframe(images.rejected.map(harmless), hide_index=True)
 
 
 def exports(found: Audit, chart: figures.Chart) -> None:

@@ -72,6 +72,14 @@ def test_uploaded_pictures_get_a_verdict_each_without_and_with_one_more_step(vis
     assert len(visit.get("download_button")) == 3
 
 
+def test_no_name_in_a_table_is_run_by_a_spreadsheet_that_opens_what_the_table_saves(visit: AppTest) -> None:
+    _, data, kind = digits("member", 1)[0]
+    sent(visit, [('=HYPERLINK("x").png', data, kind), ("+1.png", b"no picture", kind)])
+    tables = {"sent": '\'=HYPERLINK("x").png', "reason": "'+1.png"}
+    for column, expected in tables.items():
+        assert next(one.value for one in visit.dataframe if column in one.value).file.tolist() == [expected]
+
+
 def test_the_address_and_the_cache_know_nothing_of_the_pictures(visit: AppTest, cache_folder: Path) -> None:
     before = {path for path in cache_folder.rglob("*") if path.is_file()}
     sent(visit, digits("member", 2))
