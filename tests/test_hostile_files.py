@@ -31,6 +31,7 @@ from oms_core import cache, captions, images, layouts
 from oms_core.__main__ import STOPPED, main
 from oms_core.assemble import png
 from oms_core.convert import convert
+from oms_core.decode import decode
 from oms_core.errors import InputError
 from oms_core.images import open_images
 from oms_core.location import Location
@@ -490,9 +491,9 @@ def doubled(*entries: tuple[str, bytes]) -> bytes:
 def test_every_entry_of_a_name_is_taken_from_an_upload() -> None:
     sent = doubled(("a.png", A), ("a.png (2)", C), ("a.png", B))
     found = received([("x.zip", sent)])
-    kept = dict(zip(found.table.file, map(found.read, found.table.index), strict=True))
+    kept = {row.file: decode(found.read(row.Index))[0].tobytes() for row in found.table.itertuples()}
     assert {*kept} > {"a.png", "a.png (2)"}
-    assert sorted(kept.values()) == sorted([A, B, C])
+    assert sorted(kept.values()) == sorted(decode(data)[0].tobytes() for data in (A, B, C))
     assert found.rejected.empty
 
 
