@@ -122,8 +122,13 @@ def half(tmp_path: Path, pictures: Path) -> dict[str, Location]:
 
 
 def some(count: int, *shape: int, seed: int = 5) -> ImageSet:
+    return received([(f"{k}.png", png(pixels)) for k, pixels in enumerate(random_pixels(count, *shape, seed=seed))])
+
+
+def random_pixels(count: int, *shape: int, seed: int = 5) -> list[np.ndarray]:
+    """The pixels of such pictures."""
     rng = np.random.default_rng(seed)
-    return received([(f"{k}.png", png(rng.integers(0, 256, shape, np.uint8))) for k in range(count)])
+    return [rng.integers(0, 256, shape, np.uint8) for _ in range(count)]
 
 
 def test_without_known_non_members_pictures_are_put_in_order_and_nothing_more(
@@ -265,8 +270,8 @@ def test_the_command_line_says_the_same(
 ) -> None:
     own = tmp_path / "own"
     own.mkdir()
-    for k, data in enumerate(some(3, 8, 8).read(row) for row in range(3)):
-        (own / f"{k}.png").write_bytes(data)
+    for k, pixels in enumerate(random_pixels(3, 8, 8)):
+        (own / f"{k}.png").write_bytes(png(pixels))
     (own / "broken.png").write_bytes(b"no picture")
     asked = ["verdict", "--model", str(pipeline), "--reference", str(pictures), "--images", str(own)]
     asked += ["--attack", "NA", "--t", "100", "--fpr", "0.5"]

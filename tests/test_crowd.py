@@ -244,7 +244,7 @@ def test_no_words_of_a_visitor_become_a_path(visit: int, bait: Path, cache_folde
     assert not [one for one in seen if any(word in one.path for word in typed)]
 
 
-@pytest.mark.parametrize("word", ["/etc/passwd", "../../../etc/passwd", "![x](http://evil/i.png)", "\u202eabc\0"])
+@pytest.mark.parametrize("word", ["/etc/passwd", "../../../etc/passwd", "![x](http://evil/i.png)", "\u202eabc"])
 def test_a_caption_of_ones_own_is_words_and_nothing_else(word: str, cache_folder: Path) -> None:
     test = visited("pages/3_Attacks.py", model="sd-fashion", captions="text:a photo", limit="20")
     with watched() as seen:
@@ -307,10 +307,11 @@ from pathlib import Path
 sys.path.insert(0, "tests")
 import tiny
 from oms_core.compute import score
+from oms_core.location import Location
 from oms_core.run import Run
-folder, pictures = Path(sys.argv[1]), sys.argv[2]
+folder, pictures = Path(sys.argv[1]), Location(sys.argv[2])
 makers = {"uvit": tiny.save_uvit, "sd": tiny.save_stable_diffusion, "dit": tiny.save_dit, "pixart": tiny.save_pixart}
-models = [str(make(folder / name)) for name, make in makers.items()]
+models = [Location(make(folder / name)) for name, make in makers.items()]
 def switch(number):
     model = models[number % len(models)]
     found = score(Run(model, pictures, ("NA",), t=100, seed=number, captions="text:a cat", batch=4))

@@ -18,7 +18,6 @@ from oms_core.run import lookup, plan, scores
 from pages.common.attacks import ACCUSED, CAUGHT, CLEARED, MISSED, held_out_p, judge
 from pages.common.context import Context
 from pages.common.drawer import opinions
-from pages.common.text import literal
 
 INSPECT, STEP = "pages/4_Inspect.py", "pages/1_Step_the_search.py"
 DIGITS = open_images("digits").table.set_index("image")
@@ -375,12 +374,3 @@ def test_a_hidden_pair_cannot_be_opened() -> None:
     vote(test, True)
     press(test, "Reveal")
     assert any("customdata" in str(chart.proto) for chart in test.get("plotly_chart"))
-
-
-@pytest.mark.parametrize(
-    "name", ["![x](http://evil.example/i.png)", "<b>a</b>", ":red[a]", "$x$", "`a`", "**a**", "a_b_"]
-)
-def test_a_name_is_never_read_as_markup(name: str) -> None:
-    shown = literal(name)
-    assert re.sub(r"\\(.)", r"\1", shown) == name
-    assert not re.search(r"(?<!\\)[`*_\[\]()!<>$:]", shown)

@@ -195,7 +195,8 @@ def test_a_visit_that_can_not_be_resumed_is_forgotten_without_another_visitor() 
     storage.save(SessionInfo(client=None, session=session))
     manager = WebsocketSessionManager(storage, None, None, None)
     time.sleep(0.02)
-    assert asyncio.run(receiving.forget_visits(manager._session_storage)) == 1
+    with ThreadPoolExecutor(1) as apart:  # a browser of another test may have a loop on this thread
+        assert apart.submit(asyncio.run, receiving.forget_visits(manager._session_storage)).result() == 1
     assert "uploads" not in session.session_state
     session.shutdown.assert_called_once_with()
 
@@ -252,11 +253,9 @@ def raw(files: list[tuple[str, bytes]]) -> ImageSet:
 PROFILES = [Profile((8, 8), 1), Profile((12, 16), 3), Profile((64, 64), 3)]
 
 
-@pytest.mark.parametrize("name", TAKEN)
+@pytest.mark.parametrize("name", [name for name in TAKEN if not built(name).startswith(b"PK")])
 def test_what_is_kept_of_a_picture_has_its_pixels_and_its_identity(name: str) -> None:
     data = built(name)
-    if data.startswith(b"PK"):
-        pytest.skip("a zip is no picture")
     found, sent = received([("x", data)]), raw([("x", data)])
     assert [*found.table.image] == [*sent.table.image]
     assert found.read(0) != data or data.startswith(b"\x89PNG")
