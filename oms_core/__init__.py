@@ -3,7 +3,8 @@
 from oms_core import Run, score
 distances = score(Run(model="ddpm-digits", attacks=("PIA",)))["PIA"]
 
-A model or an image set that is not built in is named by a `Location`: Run(Location("FOLDER"), Location("PICTURES")).
+A model or an image set that is not built in is named by its folder: Run("FOLDER", "PICTURES"). In the app, such a name
+must be a `Location`, see `oms_core.location`.
 """
 
 import os

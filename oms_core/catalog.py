@@ -2,7 +2,7 @@
 
 A model is named by a built-in name (``ddpm-digits``, or ``ddpm-digits@700`` for the weights after epoch 700),
 by ``ideal:SET`` for the closed-form memoriser of an image set's members, by a diffusers folder, or by the
-``owner/name`` of a Hugging Face repository. Folders and repositories are opened only as an
+``owner/name`` of a Hugging Face repository. In the app, folders and repositories are opened only as an
 `oms_core.location.Location`.
 """
 
@@ -95,7 +95,7 @@ def describe(name: str) -> Model:
     """Say what a model is without loading it.
 
     Raises:
-        InputError: no such model, a plain string that names no built-in one, or files that are incomplete, unsafe or
+        InputError: no such model, one that may not be opened, or files that are incomplete, unsafe or
             not supported.
     """
     if name.startswith("ideal:"):

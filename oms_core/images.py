@@ -95,10 +95,10 @@ def open_images(name: str) -> ImageSet:
     | SPLIT.npz@NAME                    | NAME with the roles of `mia_train_idxs` and `mia_eval_idxs`           |
     | member=NAME,nonmember=NAME        | two sets, each as a whole in one role                                 |
 
-    All but the built-in sets are opened only as an `oms_core.location.Location`.
+    In the app, all but the built-in sets are opened only as an `oms_core.location.Location`.
 
     Raises:
-        InputError: no such set, a plain string that names no built-in one, or nothing in it can be used.
+        InputError: no such set, one that may not be opened, or nothing in it can be used.
     """
     if name in BUILT_IN:
         return built_in(name)

@@ -6,6 +6,7 @@ import os
 
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from oms_core import location
 from oms_core.assemble import png
 
 pytest_plugins = ["browser"]
@@ -28,6 +30,20 @@ def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of its own for every test."""
     monkeypatch.setenv("OMS_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture
+def as_in_the_app(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paths and repositories must be named by a `Location`."""
+    refused = threading.Event()
+    refused.set()
+    monkeypatch.setattr(location, "_refused", refused)
+
+
+@pytest.fixture
+def as_in_a_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paths and repositories may be named by a plain string, whatever an earlier test of the pages did."""
+    monkeypatch.setattr(location, "_refused", threading.Event())
 
 
 @pytest.fixture(scope="session")

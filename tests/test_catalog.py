@@ -309,7 +309,14 @@ def test_a_folder_that_is_no_model_is_refused_for_that_and_not_for_what_else_it_
         describe(Location(tmp_path))
 
 
+@pytest.mark.usefixtures("as_in_a_script")
+def test_a_script_names_a_folder_by_a_plain_string(pipeline: Path, pictures: Path) -> None:
+    assert describe(str(pipeline)).fingerprint == describe(Location(pipeline)).fingerprint
+    assert len(open_images(f"member={pictures}/member,nonmember={pictures}/nonmember")) == 12
+
+
 @pytest.mark.parametrize("name", ["{}", "{}/unet", "owner/name", "ideal:{}", "ideal:member={}", "ideal:hub:owner/name"])
+@pytest.mark.usefixtures("as_in_the_app")
 def test_a_plain_string_opens_no_model_that_is_not_built_in(
     pipeline: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -318,7 +325,7 @@ def test_a_plain_string_opens_no_model_that_is_not_built_in(
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda *_, **__: pytest.fail("fetched")))
     with (
         watched() as seen,
-        pytest.raises(InputError, match=r"There is no built-in (model|image set) .*Location\(name\)"),
+        pytest.raises(InputError, match=r"There is no built-in (model|image set)"),
     ):
         describe(name.format(pipeline))
     assert not [one for one in seen if str(pipeline) in one.path]

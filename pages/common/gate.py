@@ -31,7 +31,7 @@ from oms_core import catalog
 from oms_core.attacks import ATTACKS
 from oms_core.errors import InputError
 from oms_core.images import BUILT_IN
-from oms_core.location import Location
+from oms_core.location import Location, refuse_plain_names
 
 DEFAULT_MODEL = Location("ddpm-digits")
 OWN_IMAGES = Location("")  # the set that a model was trained on
@@ -356,13 +356,15 @@ def report() -> None:
 
 
 def install() -> None:
-    """Put the gate before every script run, and refuse messages that concern other visitors; once per process.
+    """Put the gate before every script run, refuse messages that concern other visitors, and let the engine open
+    nothing that is named by a plain string; once per process.
 
     Streamlit has no place for this, so two of its methods are wrapped; a test sends forged states through a real
     connection and fails if they are not.
     """
     if hasattr(SessionState.on_script_will_rerun, "__wrapped__"):
         return
+    refuse_plain_names()
     will_rerun, handle = SessionState.on_script_will_rerun, AppSession.handle_backmsg
 
     @functools.wraps(will_rerun)
