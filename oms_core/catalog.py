@@ -17,8 +17,9 @@ from typing import Any
 from oms_core.decode import Profile, decode
 from oms_core.errors import InputError
 from oms_core.files import ASSETS, STEMS, VARIANTS, Part, digest_of, in_a_sentence, read_json
-from oms_core.folders import DEFAULT_SCHEDULE, KINDS, read_folder
-from oms_core.images import ImageSet, open_images
+from oms_core.folders import DEFAULT_SCHEDULE, KINDS, Folder, read_folder
+from oms_core.images import ImageSet, is_fresh, open_images
+from oms_core.layouts import Stamp, stamps
 from oms_core.location import part_of, require_location
 
 MODELS = ASSETS / "models"
@@ -145,7 +146,7 @@ def native_profile(images: ImageSet) -> Profile:
 
 def in_folder(folder: Path, name: str, images: str = "", card: dict[str, Any] | None = None, commit: str = "") -> Model:
     """A model from its folder, see `oms_core.folders.read_folder`."""
-    read = read_folder(folder)
+    read = unchanged(folder)
     return Model(
         name,
         KINDS[read.kind].family,
@@ -163,6 +164,17 @@ def in_folder(folder: Path, name: str, images: str = "", card: dict[str, Any] | 
         KINDS[read.kind].captioned,
         commit,
     )
+
+
+def unchanged(folder: Path) -> Folder:
+    """What a folder is; one whose files have not changed since it was read is not read again."""
+    state = stamps(str(folder)) + stamps(str(folder.parent / "scheduler"))  # which a bare network may use
+    return read_folder(folder) if is_fresh(state) else _unchanged(folder, state)
+
+
+@lru_cache(maxsize=32)
+def _unchanged(folder: Path, state: tuple[Stamp, ...]) -> Folder:
+    return read_folder(folder)
 
 
 def download(name: str) -> tuple[Path, str]:
