@@ -294,9 +294,9 @@ def side_by_side(images: ImageSet, profile: Profile) -> pd.DataFrame:
 
 def choose() -> None:
     """Remember which picture was chosen, for this page alone: it is the visitor's own."""
-    rows = st.session_state["gallery"]["selection"]["rows"]
-    if rows:
-        st.session_state["own pick"] = st.session_state["uploads"].table.image.iloc[rows[0]]
+    rows, images = st.session_state["gallery"]["selection"]["rows"], st.session_state.get("uploads")
+    if rows and images is not None and rows[0] < len(images):
+        st.session_state["own pick"] = images.table.image.iloc[rows[0]]
 
 
 def picked(images: ImageSet) -> str:

@@ -144,6 +144,37 @@ def test_a_forged_model_of_a_visitor_is_refused(owned: Owned, name: str) -> None
     visitor.close()
 
 
+def test_a_widget_of_another_page_is_not_there(owned: Owned) -> None:
+    """Streamlit knows every widget that it ever drew, and runs its callback; a key may be another widget's by then."""
+    visitor = Wire(owned.served.address, "Attacks", "model=sd-fashion")
+    visitor.run()
+    more, pairs = visitor.find("checkbox", "**+ One More Step**").id, visitor.find("selectbox", "Captions").id
+    for page in ("Inspect", "Step_the_search", ""):
+        visitor.page, visitor.query = page, "model=uvit-digits"
+        visitor.run()
+        stale = [state(more, "bool_value", True), state(pairs, "string_value", "none")]
+        visitor.run(stale)
+        assert visitor.query == "model=uvit-digits"
+        assert not [text for text in visitor.says() if text.startswith("EXCEPTION") or "should not" in text]
+    visitor.page = "Step_the_search"
+    visitor.run()
+    button = visitor.find("button", "New pair").id
+    visitor.page = "Convergence"
+    visitor.run()
+    visitor.run([state(button, "trigger_value", True)])
+    assert "first" not in visitor.query
+    assert "Traceback" not in owned.served.log.read_text()
+    visitor.close()
+
+
+def test_names_that_are_no_utf_8_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pipeline: Path) -> None:
+    shutil.copytree(pipeline, tmp_path / os.fsdecode(b"\xff\xfe"))
+    monkeypatch.setenv("OMS_MODELS", str(tmp_path))
+    monkeypatch.setenv("OMS_IMAGES", str(tmp_path))
+    assert [*gate.image_sets()] == ["digits", "fashion"]
+    assert not any(place.startswith(str(tmp_path)) for place in gate.models().values())
+
+
 def test_a_choice_that_is_offered_is_taken(owned: Owned) -> None:
     visitor = Wire(owned.served.address)
     visitor.run()
@@ -280,7 +311,7 @@ def test_a_state_of_a_wrong_type_leaves_every_choice_as_it_was(page: str) -> Non
         (gate.between(0, 10), [0, 10, 7], [-1, 11, 5.0, True, "5", None]),
         (gate.between(0.0, 3.0), [0.0, 3.0], [3.1, float("nan"), float("inf"), 1, None]),
         (gate.is_flag, [True, False], [0, 1, None, "true"]),
-        (gate.is_words, ["", "a cat", "é" * 200, "\u202eabc"], [None, 1, "a" * 201, "a\0", "a\x1b[2J", "\n"]),
+        (gate.is_words, ["", "a cat", "a\tb\n", "é" * 200, "\u202eabc"], [None, 1, "a" * 201, "a\0", "a\x1b[2J"]),
         (gate.rows_below(3), [{"selection": {"rows": []}}, {"selection": {"rows": [2]}}],
          [{"selection": {"rows": [3]}}, {"selection": {"rows": [-1]}}, {"selection": {"rows": [True]}},
           {"selection": {"rows": ["0"]}}]),

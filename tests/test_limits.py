@@ -152,6 +152,24 @@ def test_a_file_that_comes_too_slowly_is_given_up(narrow: tuple[Served, Path], v
         assert b" 408 " in slow.recv(1000).splitlines()[0]
 
 
+def test_files_that_are_only_announced_keep_nobody_out_and_break_off_quietly(
+    narrow: tuple[Served, Path], visit: Callable[[], Wire]
+) -> None:
+    open_ones = []
+    for one in (visit(), visit(), visit(), visit()):
+        headers, _ = one.form(b"")
+        headers |= {"Host": f"127.0.0.1:{narrow[0].port}", "Content-Length": str(60 * MB)}
+        lines = [f"{name}: {value}" for name, value in headers.items()]
+        for place in one.places(4):
+            open_ones.append(socket.create_connection(("127.0.0.1", narrow[0].port), timeout=SOON))
+            open_ones[-1].sendall("\r\n".join([f"PUT {place} HTTP/1.1", *lines, "", "--"]).encode())
+    assert visit().put(b"x") == 204
+    for connection in open_ones:
+        connection.close()
+    assert visit().put(b"x") == 204
+    assert "Traceback" not in narrow[0].log.read_text()
+
+
 # What the limits rest on in Streamlit
 
 
@@ -228,10 +246,15 @@ def test_what_is_on_its_way_takes_room_and_gives_it_back(
     files: receiving.Receiving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(receiving, "QUOTA", 100)
-    with files.on_its_way("one", 60):
+    with files.on_its_way("one", 60) as came:
+        with files.on_its_way("one", 60):
+            pass  # what is only announced takes no room
+        came(60)
         with pytest.raises(receiving.HTTPException) as refused, files.on_its_way("one", 60):
             pass
         assert refused.value.status_code == 413
+        with pytest.raises(receiving.HTTPException):
+            came(41)
         with files.on_its_way("other", 60):
             pass
     put(files, "one", "a", 100)

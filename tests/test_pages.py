@@ -11,6 +11,7 @@ import pytest
 from streamlit.testing.v1 import AppTest
 
 from oms_core import catalog
+from oms_core.attacks import ATTACKS
 from oms_core.compute import Progress
 from oms_core.jobs import SERVICE
 from pages.common.shell import job_key
@@ -86,6 +87,20 @@ def test_the_captions_of_a_text_to_image_model_can_be_exchanged(captions: str) -
     assert not test.exception
     assert "gain in AUC points" in words(test)
     assert test.sidebar.selectbox(key="picked captions").value == captions
+
+
+LOOKED_AT = [("pages/3_Attacks.py", name, "") for name in ATTACKS] + [
+    ("pages/4_Inspect.py", "NA-repeated", ""), ("pages/4_Inspect.py", "GSA", ""), ("pages/3_Attacks.py", "NA-repeated", "20"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("page", "attack", "limit"), LOOKED_AT)
+def test_any_attack_that_a_page_offers_can_be_looked_at(page: str, attack: str, limit: str) -> None:
+    address = {"model": "sd-fashion" if ATTACKS[attack].captioned else "ddpm-digits", "attack": attack, "n": "2"}
+    test = opened(page, **address, **({"limit": limit} if limit else {}))
+    assert not test.exception
+    assert not test.error
+    assert "which is ignored" not in words(test)
 
 
 def test_only_folders_that_the_owner_opened_join_the_pickers(

@@ -66,11 +66,12 @@ def gather(context: Context) -> tuple[Plan, dict[str, pd.DataFrame], bool]:
     known = lookup(planned)
     if not set(COMPARED) <= set(known):  # rivals alone are not worth a wait
         planned, known, complete = signals(run, "Running every attack")
-    tasks = planned.tasks
-    if context.attack not in COMPARED:
+    tasks = {task.attack.name: task for task in planned.tasks}
+    if context.attack not in COMPARED and context.attack not in known:  # a rival may be known already
         own, found, _ = signals(context.run((context.attack,), STEPS), ATTACKS[context.attack].title)
-        tasks, known = tasks + own.tasks, known | found
-    return replace(planned, tasks=tuple(task for task in tasks if task.attack.name in known)), known, complete
+        tasks |= {task.attack.name: task for task in own.tasks}
+        known = known | found
+    return replace(planned, tasks=tuple(task for name, task in tasks.items() if name in known)), known, complete
 
 
 def score_table(planned: Plan, known: dict[str, pd.DataFrame], names: Iterable[str]) -> pd.DataFrame:

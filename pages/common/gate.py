@@ -39,7 +39,7 @@ CAPTIONS = ("given", "blip", "none")
 LONGEST_CAPTION = 200
 MAX_SHOWN_STEPS = 10
 RATES = (0.001, 0.01, 0.05, 0.1)
-OFFERS, DROPPED, SCREENED = "offers", "dropped", "screened"
+OFFERS, PAGE, DROPPED, SCREENED = "offers", "page of the offers", "dropped", "screened"
 MAX_OFFERS = 200  # of one visit; a page has some twenty
 MESSAGES = ("rerun_script", "app_heartbeat", "stop_script", "file_urls_request", "backend_operation_request")
 MAX_STATE_BYTES = 256 * 2**10  # of one widget
@@ -91,18 +91,24 @@ def with_opened(names: Iterable[str], setting: str, marks: tuple[str, ...] = ())
 
 
 def opened(setting: str, marks: tuple[str, ...]) -> list[Path]:
-    """What lies directly below the folders that a setting names and is not hidden, see `with_opened`."""
+    """What lies directly below the folders that a setting names, and has a name to show, see `with_opened`."""
     return [
         path
         for root in roots(setting)
         for path in sorted(root.glob("*"))
         if not path.name.startswith(".")
+        and is_utf_8(path.name)
         and (
             any((path / mark).is_file() for mark in marks)
             if marks
             else path.is_dir() or path.suffix in (".zip", ".parquet")
         )
     ]
+
+
+def is_utf_8(name: str) -> bool:
+    """Whether a name can be written, as the names of some old archives cannot."""
+    return not any(unicodedata.category(character) == "Cs" for character in name)
 
 
 def roots(*settings: str) -> list[Path]:
@@ -272,12 +278,10 @@ def is_flag(value: Any) -> bool:
 
 
 def is_words(value: Any) -> bool:
-    """The value is a caption: a short text without control characters."""
-    return (
-        isinstance(value, str)
-        and len(value) <= LONGEST_CAPTION
-        and not any(unicodedata.category(character) in ("Cc", "Cs") for character in value)
-    )
+    """The value is a caption: a short text, in which white space is the only thing that does not show."""
+    if not isinstance(value, str) or len(value) > LONGEST_CAPTION:
+        return False
+    return not any(unicodedata.category(one) in ("Cc", "Cs") for one in value if not one.isspace())
 
 
 def are_files(value: Any) -> bool:
@@ -328,8 +332,8 @@ def admitted(session: SessionState, state: WidgetState, known: Offer | None) -> 
     if metadata is None or (kind and metadata.value_type and kind != metadata.value_type):
         return False
     if metadata.value_type == "trigger_value":
-        return True
-    if known is None or state.ByteSize() > MAX_STATE_BYTES:
+        return state.id in session._new_widget_state.states or state.id in session._old_state
+    if known is None or not is_drawn(session, state.id) or state.ByteSize() > MAX_STATE_BYTES:
         return False
     try:
         return bool(known.rule(metadata.deserializer(unpack_widget_state_value(state))))
@@ -337,11 +341,23 @@ def admitted(session: SessionState, state: WidgetState, known: Offer | None) -> 
         return False
 
 
+def is_drawn(session: SessionState, widget: str) -> bool:
+    """Whether a widget with a key is the last one that was drawn with it: a key may be another page's as well."""
+    return session._key_id_mapper.get_id_from_key(user_key_from_element_id(widget) or "") == widget
+
+
 def enter() -> None:
-    """Forget states that came before the gate was there, of visits that began while the server loaded the page."""
-    run = get_script_run_ctx()
-    if run is not None and SCREENED not in st.session_state:
+    """Forget what another page offered, and states that came before the gate was there.
+
+    These are of visits that began while the server loaded the page.
+    """
+    run, visit = get_script_run_ctx(), st.session_state
+    if run is None:
+        return
+    if SCREENED not in visit:
         run.session_state._state._new_widget_state.states.clear()
+    if visit.get(PAGE) != run.page_script_hash:
+        visit[PAGE], visit[OFFERS] = run.page_script_hash, {}
 
 
 def report() -> None:

@@ -12,13 +12,14 @@ import gc
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from starlette.datastructures import FormData
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartParser
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import Message
 from streamlit import config
 from streamlit.runtime import Runtime
 from streamlit.runtime.memory_session_storage import MemorySessionStorage
@@ -55,7 +56,7 @@ class Receiving(MemoryUploadedFileManager):
     """Streamlit's files that no page has taken yet, and those that are on their way, within limits.
 
     Attributes:
-        sending: session and bytes of each file that is on its way.
+        sending: session of each file that is on its way, and the bytes that have come of it.
         came: when the first and the last file of a session came.
         stirred: whether a file came or went since memory was last given back.
     """
@@ -82,30 +83,41 @@ class Receiving(MemoryUploadedFileManager):
         self.stirred = True
 
     @contextmanager
-    def on_its_way(self, session_id: str, size: int) -> Iterator[None]:
-        """Count a file while it comes.
+    def on_its_way(self, session_id: str, size: int) -> Iterator[Callable[[int], None]]:
+        """Count a file while it comes: what has come of it, as who only announces one must not keep others out.
+
+        Yields:
+            What is to be called with the bytes of each piece.
 
         Raises:
-            HTTPException: 413, there is no room for it; 408, it took too long.
+            HTTPException: 413, there is no room for it; 408, it took too long; 400, it broke off.
         """
         self.refuse_beyond(session_id, size)
         place = object()
-        self.sending[place] = session_id, size
+        self.sending[place] = session_id, 0
+
+        def came(count: int) -> None:
+            self.refuse_beyond(session_id, count, another=False)
+            self.sending[place] = session_id, self.sending[place][1] + count
+
         try:
-            yield
+            yield came
         except TimeoutError as error:
             raise HTTPException(408, "The file took too long.") from error
+        except ClientDisconnect as error:
+            raise HTTPException(400, "The file broke off.") from error
         finally:
             del self.sending[place]
             self.stirred = True
 
-    def refuse_beyond(self, session_id: str, size: int) -> None:
-        """Refuse another file of a session that would go beyond a limit."""
+    def refuse_beyond(self, session_id: str, size: int, another: bool = True) -> None:
+        """Refuse bytes of a session, of another file or not, that would go beyond a limit."""
         with self._lock:
             held = [(session, len(one.data)) for session, of in self.file_storage.items() for one in of.values()]
         held += [*self.sending.values()]
         own = [one for session, one in held if session == session_id]
-        if len(own) >= MOST or sum(own) + size > QUOTA or sum(one for _, one in held) + size > HELD:
+        full = another and len(own) >= MOST
+        if full or sum(own) + size > QUOTA or sum(one for _, one in held) + size > HELD:
             raise HTTPException(413, "Too much waits to be taken by a page.")
 
     def sweep(self, runtime: Runtime) -> None:
@@ -131,7 +143,15 @@ async def parsed(request: Request, **options: int) -> FormData:
         HTTPException: see `Receiving.on_its_way`.
     """
     size = int(request.headers.get("content-length", largest()))
-    with Runtime.instance().uploaded_file_mgr.on_its_way(request.path_params.get("session_id", ""), size):
+    receive = request._receive
+    with Runtime.instance().uploaded_file_mgr.on_its_way(request.path_params.get("session_id", ""), size) as came:
+
+        async def counted() -> Message:
+            message = await receive()
+            came(len(message.get("body", b"")))
+            return message
+
+        request._receive = counted
         async with asyncio.timeout(SENT_IN):
             return await original(request, **options)
 
