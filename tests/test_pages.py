@@ -90,7 +90,8 @@ def test_the_captions_of_a_text_to_image_model_can_be_exchanged(captions: str) -
 
 
 LOOKED_AT = [("pages/3_Attacks.py", name, "") for name in ATTACKS] + [
-    ("pages/4_Inspect.py", "NA-repeated", ""), ("pages/4_Inspect.py", "GSA", ""), ("pages/3_Attacks.py", "NA-repeated", "20"),
+    ("pages/4_Inspect.py", "NA-repeated", ""), ("pages/4_Inspect.py", "GSA", ""),
+    ("pages/3_Attacks.py", "NA-repeated", "20"),
 ]  # fmt: skip
 
 

@@ -318,7 +318,7 @@ def screen(session: SessionState, sent: WidgetStates) -> WidgetStates:
         known = offers.get(user_key_from_element_id(state.id))
         if admitted(session, state, known):
             kept.widgets.append(state)
-        elif known is not None:
+        elif known is not None and is_drawn(session, state.id):  # else it is a remnant of another page
             dropped.append(known.label)
     if dropped:
         session[DROPPED] = list(dict.fromkeys(dropped))
