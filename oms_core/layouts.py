@@ -103,26 +103,31 @@ class Folder:
 
 
 class Careful(io.BufferedReader):
-    """A zip on disk. The list of its entries is read at once, so a long one is noticed before it is taken apart."""
+    """A zip to be opened. The list of its entries is read at once, so a long one is noticed before it is parsed."""
 
-    careful = True
+    most: int | None = None  # bytes that may be read at once
 
     def read(self, size: int | None = -1) -> bytes:
-        if self.careful and (size or 0) > MAX_DIRECTORY:
+        if self.most is not None and (size or 0) > self.most:
             raise InputError("the list of its entries is too long")
         return super().read(size)
 
 
-def archive_of(path: Path) -> zipfile.ZipFile:
-    """A zip on disk, with its list of entries, which must be bounded.
+def archive_of(source: Path | io.BytesIO, most: int = MAX_DIRECTORY) -> zipfile.ZipFile:
+    """A zip, on disk or in memory, with its list of entries, which must be bounded.
+
+    Args:
+        source: the file or its bytes.
+        most: bytes that the list may have.
 
     Raises:
         InputError: the list is too long.
         OSError, zipfile.BadZipFile: it cannot be read.
     """
-    source = Careful(io.FileIO(path))
-    archive = zipfile.ZipFile(source)
-    source.careful = False
+    file = Careful(io.FileIO(source) if isinstance(source, Path) else source)
+    file.most = most
+    archive = zipfile.ZipFile(file)
+    file.most = None
     return archive
 
 
@@ -131,11 +136,12 @@ class Zip:
     """The files in a zip archive, on disk or in memory; nothing is ever unpacked to disk."""
 
     source: Path | io.BytesIO
+    longest: int = MAX_DIRECTORY  # bytes of the list of its entries
 
     @cached_property
     def archive(self) -> zipfile.ZipFile:
         try:
-            archive = archive_of(self.source) if isinstance(self.source, Path) else zipfile.ZipFile(self.source)
+            archive = archive_of(self.source, self.longest)
         except Exception as error:  # damage in the directory shows in many ways
             raise InputError(f"{self} is no complete zip archive; pack it again.") from error
         if len(archive.infolist()) > MAX_ENTRIES:

@@ -161,29 +161,16 @@ def pictures_in(name: str, data: bytes) -> Iterator[tuple[str, int, Read]]:
     if not data.startswith(ZIP_BEGINS):
         yield name, len(data), lambda: data
         return
-    source = Careful(data)
-    archive = Zip(source)
+    archive = Zip(io.BytesIO(data), MAX_DIRECTORY)
     try:
         files = [file for file in archive.files if not file.lower().endswith(BESIDE)]
     except InputError as error:
         raise InputError("the zip is damaged, or holds too many files; pack it again") from error
     if not files:
         raise InputError("the zip holds no pictures")
-    source.careful = False
     for file in files:
         size = archive.entries[file].file_size
         yield file, size if size <= MAX_BYTES else 0, lambda file=file: archive.read(file)  # a larger one is refused
-
-
-class Careful(io.BytesIO):
-    """A zip in memory. The list of its entries is read at once, so a large one is noticed before it is taken apart."""
-
-    careful = True
-
-    def read(self, size: int | None = -1) -> bytes:
-        if self.careful and (size or 0) > MAX_DIRECTORY:
-            raise InputError("the list of its entries is too long")
-        return super().read(size)
 
 
 def shown(name: str) -> str:
